@@ -1,0 +1,76 @@
+// The model, written once for every backend, in reading order.
+#pragma once
+
+#include <vector>
+
+#include "model/ops.h"
+
+namespace qwen_moe {
+
+// Where the state of one layer lies. Only the members of the layer's kind are set.
+struct LayerState {
+  SlotArray conv_state, recurrent_state;
+  PagedKv kv;
+};
+
+enum class Phase { prefill, decode };
+
+template <OpSet Ops, class Act = typename Ops::Act>
+void forward_layers(Ops& ops, const ShardWeights& weights, const std::vector<LayerState>& state,
+                    const Buffers<Act>& b, const StepRows& rows, Phase phase) {
+  if (weights.first)
+    ops.embed({.hidden = b.hidden, .embed_tokens = weights.embed_tokens, .rows = rows});
+  for (size_t i = 0; i < weights.layers.size(); ++i) {
+    const LayerWeights& layer = weights.layers[i];
+    ops.norm_in_proj({.proj = b.proj,
+                      .proj_stride = b.proj_stride,
+                      .hidden = b.hidden,
+                      .layer = layer,
+                      .rows = rows.rows});
+    if (layer.type == LayerType::linear_attention) {
+      GatedDeltaArgs<Act> args{.core = b.core,
+                               .core_stride = layer.out_proj.spec.k,
+                               .proj = b.proj,
+                               .proj_stride = b.proj_stride,
+                               .conv_state = state[i].conv_state,
+                               .recurrent_state = state[i].recurrent_state,
+                               .layer = layer,
+                               .rows = rows};
+      phase == Phase::prefill ? ops.gated_delta_prefill(args) : ops.gated_delta_step(args);
+    } else {
+      AttentionArgs<Act> args{.core = b.core,
+                              .core_stride = layer.out_proj.spec.k,
+                              .proj = b.proj,
+                              .proj_stride = b.proj_stride,
+                              .kv = state[i].kv,
+                              .layer = layer,
+                              .rows = rows};
+      phase == Phase::prefill ? ops.attention_prefill(args) : ops.attention_step(args);
+    }
+    ops.out_proj_residual({.hidden = b.hidden,
+                           .core = b.core,
+                           .core_stride = layer.out_proj.spec.k,
+                           .weight = layer.out_proj,
+                           .rows = rows.rows});
+    ops.norm_router_shared({.normed = b.normed,
+                            .router = b.router,
+                            .shared_scale = b.shared_scale,
+                            .shared = b.shared,
+                            .hidden = b.hidden,
+                            .layer = layer,
+                            .rows = rows.rows});
+    ops.routed_gate_up({.routed = b.routed,
+                        .router = b.router,
+                        .normed = b.normed,
+                        .layer = layer,
+                        .rows = rows.rows});
+    ops.down_combine_residual({.hidden = b.hidden,
+                               .routed = b.routed,
+                               .shared_scale = b.shared_scale,
+                               .shared = b.shared,
+                               .layer = layer,
+                               .rows = rows.rows});
+  }
+}
+
+}  // namespace qwen_moe

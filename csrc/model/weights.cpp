@@ -1,0 +1,171 @@
+#include "model/weights.h"
+
+#include <utility>
+
+namespace qwen_moe {
+
+size_t TensorSlot::bytes() const {
+  if (kind == TensorKind::matrix) return spec.bytes();
+  return static_cast<size_t>(num_elements(shape)) * sizeof(float);
+}
+
+std::string TensorSlot::describe() const {
+  if (kind != TensorKind::matrix) return concat(fqn, " ", to_string(shape), " float32");
+  return concat(fqn, " ", to_string(shape), " ", format_name(spec.format),
+                spec.group ? concat(" group ", spec.group) : "", spec.has_zero ? " with zero" : "");
+}
+
+namespace {
+
+class Planner {
+ public:
+  Planner(const ModelConfig& config, Recipe recipe, DType dense)
+      : c_(config), recipe_(recipe), dense_(dense_format(dense)) {}
+
+  std::vector<TensorSlot> run() {
+    layer_ = -1;
+    matrix("embed_tokens.weight", WeightRole::embedding, c_.vocab_size, c_.hidden_size);
+    for (layer_ = 0; layer_ < c_.num_hidden_layers; ++layer_) layer();
+    layer_ = -2;
+    vector("norm.weight", TensorKind::one_plus, {c_.hidden_size});
+    // A tied head that stays dense is the embedding itself; a quantized one is a second, small
+    // copy.
+    WeightFormat head = choose_format(recipe_, WeightRole::lm_head, dense_);
+    if (!c_.tie_word_embeddings || is_quantized(head))
+      matrix("lm_head.weight", WeightRole::lm_head, c_.vocab_size, c_.hidden_size);
+    return std::move(slots_);
+  }
+
+ private:
+  void layer() {
+    int h = c_.hidden_size;
+    vector("input_layernorm.weight", TensorKind::one_plus, {h});
+    if (c_.layer_types[static_cast<size_t>(layer_)] == LayerType::linear_attention) {
+      matrix("linear_attn.in_proj_qkv.weight", WeightRole::in_proj, c_.conv_dim(), h);
+      matrix("linear_attn.in_proj_z.weight", WeightRole::in_proj, c_.value_dim(), h);
+      matrix("linear_attn.in_proj_b.weight", WeightRole::exact, c_.linear_num_value_heads, h);
+      matrix("linear_attn.in_proj_a.weight", WeightRole::exact, c_.linear_num_value_heads, h);
+      vector("linear_attn.conv1d.weight", TensorKind::conv_taps,
+             {c_.conv_dim(), 1, c_.linear_conv_kernel_dim});
+      vector("linear_attn.A_log", TensorKind::minus_exp, {c_.linear_num_value_heads});
+      vector("linear_attn.dt_bias", TensorKind::vector, {c_.linear_num_value_heads});
+      vector("linear_attn.norm.weight", TensorKind::vector, {c_.linear_value_head_dim});
+      matrix("linear_attn.out_proj.weight", WeightRole::out_proj, h, c_.value_dim());
+    } else {
+      matrix("self_attn.q_proj.weight", WeightRole::attention_in, 2 * c_.attention_dim(), h);
+      matrix("self_attn.k_proj.weight", WeightRole::attention_in, c_.kv_dim(), h);
+      matrix("self_attn.v_proj.weight", WeightRole::attention_in, c_.kv_dim(), h);
+      vector("self_attn.q_norm.weight", TensorKind::one_plus, {c_.head_dim});
+      vector("self_attn.k_norm.weight", TensorKind::one_plus, {c_.head_dim});
+      matrix("self_attn.o_proj.weight", WeightRole::out_proj, h, c_.attention_dim());
+    }
+    vector("post_attention_layernorm.weight", TensorKind::one_plus, {h});
+    matrix("mlp.gate.weight", WeightRole::exact, c_.num_experts, h);
+    matrix("mlp.experts.gate_up_proj", WeightRole::experts, 2 * c_.moe_intermediate_size, h,
+           c_.num_experts);
+    matrix("mlp.experts.down_proj", WeightRole::experts, h, c_.moe_intermediate_size,
+           c_.num_experts);
+    int shared = c_.shared_expert_intermediate_size;
+    matrix("mlp.shared_expert.gate_proj.weight", WeightRole::shared_expert, shared, h);
+    matrix("mlp.shared_expert.up_proj.weight", WeightRole::shared_expert, shared, h);
+    matrix("mlp.shared_expert.down_proj.weight", WeightRole::shared_expert, h, shared);
+    matrix("mlp.shared_expert_gate.weight", WeightRole::exact, 1, h);
+  }
+
+  std::string full_name(const char* name) const {
+    return layer_ >= 0 ? concat("layers.", layer_, ".", name) : std::string(name);
+  }
+
+  void matrix(const char* name, WeightRole role, int n, int k, int count = 0) {
+    TensorSlot slot{.fqn = full_name(name), .shape = {n, k}, .role = role, .layer = layer_};
+    if (count) slot.shape.insert(slot.shape.begin(), count);
+    slot.spec = {
+        .format = choose_format(recipe_, role, dense_), .n = n, .k = k, .count = count ? count : 1};
+    if (is_quantized(slot.spec.format)) slot.spec.group = group_for(k);
+    slots_.push_back(std::move(slot));
+  }
+
+  void vector(const char* name, TensorKind kind, Shape shape) {
+    slots_.push_back(
+        {.fqn = full_name(name), .shape = std::move(shape), .kind = kind, .layer = layer_});
+  }
+
+  const ModelConfig& c_;
+  Recipe recipe_;
+  WeightFormat dense_;
+  int layer_ = 0;
+  std::vector<TensorSlot> slots_;
+};
+
+}  // namespace
+
+std::vector<TensorSlot> plan_tensors(const ModelConfig& config, Recipe recipe, DType dense) {
+  return Planner(config, recipe, dense).run();
+}
+
+StoredTensor::StoredTensor(TensorSlot slot, std::shared_ptr<std::byte> data)
+    : slot_(std::move(slot)),
+      data_(std::move(data)),
+      filled_(static_cast<size_t>(slot_.shape[0]), false),
+      missing_(slot_.shape[0]) {}
+
+bool StoredTensor::complete() const {
+  std::lock_guard lock(mutex_);
+  return missing_ == 0;
+}
+
+void StoredTensor::put(WeightHome& home, const TensorView& source, int64_t first) {
+  int64_t entries = source.shape.at(0);
+  require(first >= 0 && first + entries <= slot_.shape[0], slot_.fqn, ": entries ", first, " to ",
+          first + entries, " of a leading dimension of ", slot_.shape[0]);
+  std::lock_guard lock(mutex_);
+  bool absent = false;
+  for (int64_t i = first; i < first + entries; ++i) absent |= !filled_[static_cast<size_t>(i)];
+  if (!absent) return;
+  home.pack(data_.get(), slot_, source, first);
+  for (int64_t i = first; i < first + entries; ++i) {
+    missing_ -= !filled_[static_cast<size_t>(i)];
+    filled_[static_cast<size_t>(i)] = true;
+  }
+}
+
+void StoredTensor::fill_random(WeightHome& home, uint64_t seed) {
+  std::lock_guard lock(mutex_);
+  if (missing_ == 0) return;
+  home.fill_random(data_.get(), slot_, seed);
+  filled_.assign(filled_.size(), true);
+  missing_ = 0;
+}
+
+WeightStore& WeightStore::instance() {
+  static WeightStore store;
+  return store;
+}
+
+std::shared_ptr<StoredTensor> WeightStore::acquire(const std::string& checkpoint,
+                                                   const TensorSlot& slot, WeightHome& home) {
+  std::lock_guard lock(mutex_);
+  std::erase_if(tensors_, [](const auto& entry) { return entry.second.expired(); });
+  std::weak_ptr<StoredTensor>& entry =
+      tensors_[Key(checkpoint, slot.fqn, slot.spec.format, home.name())];
+  if (std::shared_ptr<StoredTensor> found = entry.lock()) {
+    const TensorSlot& there = found->slot();
+    require<Format>(there.shape == slot.shape && there.kind == slot.kind && there.spec == slot.spec,
+                    "the resident tensor ", there.describe(), " is not the one asked for, ",
+                    slot.describe(), "; the checkpoint changed while in use");
+    return found;
+  }
+  auto made = std::make_shared<StoredTensor>(slot, home.allocate(slot.bytes()));
+  entry = made;
+  return made;
+}
+
+size_t WeightStore::resident_bytes() const {
+  std::lock_guard lock(mutex_);
+  size_t bytes = 0;
+  for (const auto& [key, entry] : tensors_)
+    if (auto tensor = entry.lock()) bytes += tensor->slot().bytes();
+  return bytes;
+}
+
+}  // namespace qwen_moe

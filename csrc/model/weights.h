@@ -1,0 +1,142 @@
+// The tensors a model needs, and the process-wide store that keeps one packed copy of each.
+//
+// A tensor is found by (checkpoint, FQN, format, device). Prefill, decode, every engine of the same
+// checkpoint and later a draft head share the copy; it is freed with its last user. A hit whose
+// description differs is refused with both descriptions.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "base/tensor.h"
+#include "model/config.h"
+#include "model/quant.h"
+
+namespace qwen_moe {
+
+// How a tensor stays resident.
+enum class TensorKind {
+  matrix,     // tiles of model/quant.h
+  vector,     // f32 as it is
+  one_plus,   // f32, stored as 1 + w (zero-centred RMSNorm)
+  minus_exp,  // f32, stored as -exp(w) (A_log)
+  conv_taps,  // [channels, 1, kernel] stored as f32 [kernel, channels]
+};
+
+struct TensorSlot {
+  std::string fqn;
+  Shape shape;  // in the checkpoint
+  TensorKind kind = TensorKind::matrix;
+  WeightRole role = WeightRole::exact;
+  WeightSpec spec{};  // of a matrix
+  int layer = -1;     // -1: embeddings, -2: final norm and head
+
+  size_t bytes() const;
+  std::string describe() const;
+};
+
+// Every tensor of a model in reading order. `dense` is the checkpoint's own element type.
+std::vector<TensorSlot> plan_tensors(const ModelConfig& config, Recipe recipe, DType dense);
+
+// A device's memory and its packer. Implemented once per kind of device.
+class WeightHome {
+ public:
+  virtual ~WeightHome() = default;
+  virtual std::string name() const = 0;
+  virtual std::shared_ptr<std::byte> allocate(size_t bytes) = 0;
+  // Packs entries [first, first + source.shape[0]) of the leading dimension.
+  virtual void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
+                    int64_t first) = 0;
+  virtual void fill_random(std::byte* to, const TensorSlot& slot, uint64_t seed) = 0;
+};
+
+// One resident tensor. Immutable once complete.
+class StoredTensor {
+ public:
+  StoredTensor(TensorSlot slot, std::shared_ptr<std::byte> data);
+
+  const TensorSlot& slot() const { return slot_; }
+  const std::byte* data() const { return data_.get(); }
+  const float* floats() const { return reinterpret_cast<const float*>(data_.get()); }
+  bool complete() const;
+
+  // Entries that are already there are skipped, so that two engines may load at once.
+  void put(WeightHome& home, const TensorView& source, int64_t first);
+  void fill_random(WeightHome& home, uint64_t seed);
+
+ private:
+  TensorSlot slot_;
+  std::shared_ptr<std::byte> data_;
+  mutable std::mutex mutex_;
+  std::vector<bool> filled_;  // [shape[0]]
+  int64_t missing_ = 0;
+};
+
+class WeightStore {
+ public:
+  static WeightStore& instance();
+
+  // The tensor of that name, allocated when absent.
+  std::shared_ptr<StoredTensor> acquire(const std::string& checkpoint, const TensorSlot& slot,
+                                        WeightHome& home);
+  size_t resident_bytes() const;
+
+ private:
+  using Key = std::tuple<std::string, std::string, WeightFormat, std::string>;
+  mutable std::mutex mutex_;
+  std::map<Key, std::weak_ptr<StoredTensor>> tensors_;
+};
+
+// What an op reads of a matrix.
+struct WeightView {
+  const std::byte* data = nullptr;
+  WeightSpec spec;
+  const std::byte* matrix(int index) const {
+    return data + spec.matrix_bytes() * static_cast<size_t>(index);
+  }
+};
+
+// Weights of one layer; unused members of the other layer kind stay null.
+struct LayerWeights {
+  LayerType type = LayerType::linear_attention;
+  const float* input_layernorm = nullptr;  // [hidden] 1 + w
+  WeightView in_proj_qkv, in_proj_z;       // [conv_dim, hidden], [value_dim, hidden]
+  WeightView in_proj_b, in_proj_a;         // [linear_num_value_heads, hidden]
+  const float* conv1d = nullptr;           // [kernel, conv_dim]
+  const float* decay_rate = nullptr;       // [linear_num_value_heads] -exp(A_log)
+  const float* dt_bias = nullptr;          // [linear_num_value_heads]
+  const float* norm = nullptr;             // [linear_value_head_dim]
+  WeightView out_proj;                     // [hidden, value_dim], or o_proj [hidden, attention_dim]
+  WeightView q_proj, k_proj, v_proj;       // [2 * attention_dim, hidden], [kv_dim, hidden] twice
+  const float* q_norm = nullptr;           // [head_dim] 1 + w
+  const float* k_norm = nullptr;           // [head_dim] 1 + w
+  const float* post_attention_layernorm = nullptr;  // [hidden] 1 + w
+  WeightView gate;                                  // [num_experts, hidden]
+  WeightView experts_gate_up;                       // num_experts x [2 * moe_intermediate, hidden]
+  WeightView experts_down;                          // num_experts x [hidden, moe_intermediate]
+  WeightView shared_gate, shared_up,
+      shared_down;  // [shared_intermediate, hidden] twice, [hidden, shared_intermediate]
+  WeightView shared_expert_gate;  // [1, hidden]
+};
+
+struct LayerSpan {
+  int begin = 0, end = 0;
+  int size() const { return end - begin; }
+};
+
+// What one shard of the pipeline reads.
+struct ShardWeights {
+  LayerSpan span;
+  bool first = false, last = false;
+  WeightView embed_tokens{};           // [vocab, hidden], first shard
+  std::vector<LayerWeights> layers{};  // [span.size()]
+  const float* norm = nullptr;         // [hidden] 1 + w, last shard
+  WeightView lm_head{};                // [vocab, hidden], last shard
+};
+
+}  // namespace qwen_moe
