@@ -1,0 +1,37 @@
+#include "engine/dispatch.h"
+
+#include <algorithm>
+
+namespace qwen_moe {
+
+int prefill_tokens(int position, int pending) {
+  return std::min(pending, kPrefillChunk - position % kPrefillChunk);
+}
+
+StepPlan plan_step(std::span<const Work> work, bool last_was_prefill, unsigned turn) {
+  size_t prefills = 0;
+  for (const Work& w : work) prefills += w.prefill;
+  size_t decodes = work.size() - prefills;
+
+  StepPlan plan;
+  if (work.empty()) return plan;
+  bool prefill = prefills > 0 && (decodes == 0 || !last_was_prefill);
+  size_t candidates = prefill ? prefills : decodes;
+  size_t take = prefill ? 1 : std::min(decodes, static_cast<size_t>(kMaxRows));
+  size_t skip = candidates > take ? turn % candidates : 0;
+
+  // Two rounds over the list, so that a rotated choice wraps around.
+  plan.kind = prefill ? StepPlan::Kind::prefill : StepPlan::Kind::decode;
+  size_t seen = 0;
+  for (int round = 0; round < 2; ++round)
+    for (const Work& w : work) {
+      if (w.prefill != prefill) continue;
+      if (seen++ < skip) continue;
+      if (static_cast<size_t>(plan.rows) == take) return plan;
+      plan.keys[static_cast<size_t>(plan.rows++)] = w.key;
+      if (prefill) plan.tokens = prefill_tokens(w.position, w.pending);
+    }
+  return plan;
+}
+
+}  // namespace qwen_moe
