@@ -45,6 +45,14 @@ struct ReserveOptions {
   int max_context = 0;
 };
 
+// The residual stream between two shards: [rows, width], contiguous.
+struct Handoff {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int rows = 0;
+  int width = 0;
+};
+
 class Backend : public StateStore {
  public:
   // Allocates every arena, once. Nothing allocates in the steps that follow.
@@ -52,9 +60,9 @@ class Backend : public StateStore {
   virtual std::map<std::string, size_t> memory() const = 0;  // ledger in bytes, without weights
 
   // `input` is the residual stream of the shard before, or null on the first.
-  virtual void prefill(const PrefillStep& step, const TensorView* input) = 0;
-  virtual void decode(std::span<const DecodeRow> rows, const TensorView* input) = 0;
-  virtual TensorView hidden() const = 0;  // [rows, hidden] of the last step, for the shard after
+  virtual void prefill(const PrefillStep& step, const Handoff* input) = 0;
+  virtual void decode(std::span<const DecodeRow> rows, const Handoff* input) = 0;
+  virtual Handoff hidden() const = 0;  // [rows, hidden] of the last step, for the shard after
 
   // On the last shard, from lm_head.logits of each row's slot.
   virtual void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) = 0;

@@ -34,17 +34,17 @@ class Pipeline {
   }
 
   void prefill(const PrefillStep& step) {
-    for_each([&](Backend& shard, const TensorView* input) { shard.prefill(step, input); });
+    for_each([&](Backend& shard, const Handoff* input) { shard.prefill(step, input); });
   }
   void decode(std::span<const DecodeRow> rows) {
-    for_each([&](Backend& shard, const TensorView* input) { shard.decode(rows, input); });
+    for_each([&](Backend& shard, const Handoff* input) { shard.decode(rows, input); });
   }
   Backend& last() { return *shards_.back(); }
 
  private:
   template <class Run>
   void for_each(const Run& run) {
-    TensorView handed;
+    Handoff handed;
     for (size_t i = 0; i < shards_.size(); ++i) {
       run(*shards_[i], i ? &handed : nullptr);
       if (i + 1 < shards_.size()) handed = shards_[i]->hidden();

@@ -1,0 +1,752 @@
+// Every kernel of every instruction set this processor has, against double precision.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/pack.h"
+#include "cpu/thread_pool.h"
+
+namespace qwen_moe::cpu {
+namespace {
+
+using Floats = std::vector<float>;
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+Floats random_floats(size_t n, uint32_t seed, float std = 1.0f) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<float> normal(0.0f, std);
+  Floats values(n);
+  for (float& v : values) v = normal(engine);
+  return values;
+}
+
+uint16_t bf16_of(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if (std::isnan(v)) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  const uint32_t rest = bits & 0xffff, high = bits >> 16;
+  return static_cast<uint16_t>(high + (rest > 0x8000 || (rest == 0x8000 && (high & 1))));
+}
+
+float bf16_value(uint16_t h) {
+  const uint32_t bits = uint32_t{h} << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+float f16_value(uint16_t h) {
+  const int exponent = h >> 10 & 31, mantissa = h & 1023;
+  const float sign = h & 0x8000 ? -1.0f : 1.0f;
+  if (exponent == 31) return mantissa ? kNan : sign * kInf;
+  if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), -24);
+  return sign * std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+}
+
+// The finite f16 nearest to v; ties to even.
+uint16_t f16_of(float v) {
+  uint16_t low = 0, high = 0x7bff;
+  const float size = std::fabs(v);
+  while (high - low > 1) {
+    const uint16_t mid = static_cast<uint16_t>((low + high) / 2);
+    (f16_value(mid) <= size ? low : high) = mid;
+  }
+  const double down = double{size} - f16_value(low), up = double{f16_value(high)} - size;
+  const uint16_t best = up < down || (up == down && !(high & 1)) ? high : low;
+  return static_cast<uint16_t>(best | (std::signbit(v) ? 0x8000 : 0));
+}
+
+// What the kernels of a format take, made from floats, with the values it stands for.
+struct Input {
+  int rows, k, group;
+  Floats x;
+  std::vector<int16_t> q;
+  Floats scale;
+  std::vector<int32_t> sum;
+
+  Input(const Kernels& kernels, int rows_, const WeightSpec& spec, uint32_t seed)
+      : rows(rows_), k(spec.k), group(spec.group),
+        x(random_floats(static_cast<size_t>(rows_) * static_cast<size_t>(spec.k), seed)) {
+    quantize(kernels);
+  }
+  void quantize(const Kernels& kernels) {
+    if (group == 0) return;
+    q.assign(x.size(), 0);
+    scale.assign(x.size() / static_cast<size_t>(group), 0);
+    sum.assign(scale.size(), 0);
+    kernels.quantize_rows(q.data(), scale.data(), sum.data(), x.data(), rows, k, group);
+  }
+  double value(int row, int i) const {
+    const size_t at = static_cast<size_t>(row) * static_cast<size_t>(k) + static_cast<size_t>(i);
+    return group ? double{scale[at / static_cast<size_t>(group)]} * q[at] : double{x[at]};
+  }
+  Activations view() const { return {x.data(), q.data(), scale.data(), sum.data()}; }
+};
+
+std::vector<std::byte> random_weight(const WeightSpec& spec, uint64_t seed = 7) {
+  std::vector<std::byte> weight(spec.matrix_bytes());
+  fill_random(weight.data(), spec, seed, 0.05f, 0, spec.tiles());
+  return weight;
+}
+
+constexpr float kUntouched = 12345.0f;
+
+Floats run_gemm(const Kernels& kernels, const WeightSpec& spec, const std::vector<std::byte>& weight,
+                const Input& input, const std::vector<int32_t>& index, int stride, int begin,
+                int end) {
+  Floats out(index.size() * static_cast<size_t>(stride), kUntouched);
+  kernels.gemm({out.data(), stride, weight.data(), &spec, input.view(), index.data(),
+                static_cast<int>(index.size()), begin, end});
+  return out;
+}
+
+std::vector<int32_t> iota(int n) {
+  std::vector<int32_t> index(static_cast<size_t>(n));
+  std::iota(index.begin(), index.end(), 0);
+  return index;
+}
+
+std::vector<WeightSpec> gemm_specs() {
+  std::vector<WeightSpec> specs;
+  for (WeightFormat f : {WeightFormat::f32, WeightFormat::f16, WeightFormat::bf16})
+    for (int k : {1, 32, 67, 256}) specs.push_back({f, 37, k});
+  specs.push_back({WeightFormat::bf16, 160, 1024});
+  for (int group : {32, 64, 128}) {
+    for (int k : {32, 64, 96, 128, 256, 1024}) {
+      if (k % group) continue;
+      specs.push_back({WeightFormat::int8, 37, k, 1, group});
+      specs.push_back({WeightFormat::int4, 37, k, 1, group});
+      specs.push_back({WeightFormat::int4, 37, k, 1, group, true});
+    }
+  }
+  specs.push_back({WeightFormat::int4, 1030, 1024, 1, 128});  // more than one block of tiles
+  specs.push_back({WeightFormat::int8, 330, 1024, 1, 128});
+  return specs;
+}
+
+std::string label(const WeightSpec& s) {
+  return concat(format_name(s.format), " n ", s.n, " k ", s.k, " group ", s.group,
+                s.has_zero ? " zero" : "");
+}
+
+class KernelsTest : public testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    if (!kernels_named(GetParam())) GTEST_SKIP() << "not on this processor";
+    kernels_ = kernels_named(GetParam());
+    ASSERT_EQ(kernels_->name, GetParam());
+  }
+  const Kernels* kernels_ = nullptr;
+};
+
+TEST_P(KernelsTest, GemmMatchesDouble) {
+  for (const WeightSpec& spec : gemm_specs()) {
+    SCOPED_TRACE(label(spec));
+    const auto weight = random_weight(spec);
+    Floats w(static_cast<size_t>(spec.n) * static_cast<size_t>(spec.k));
+    unpack(w.data(), spec, weight.data());
+    for (int rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 17}) {
+      const Input input(*kernels_, rows, spec, static_cast<uint32_t>(rows));
+      const int stride = spec.n + 5;
+      const Floats out =
+          run_gemm(*kernels_, spec, weight, input, iota(rows), stride, 0, spec.tiles());
+      int bad = 0;
+      for (int r = 0; r < rows; ++r) {
+        for (int o = 0; o < stride; ++o) {
+          const float got = out[static_cast<size_t>(r * stride + o)];
+          if (o >= spec.n) {
+            bad += got != kUntouched;  // padding of the last tile
+            continue;
+          }
+          double sum = 0, size = 0;
+          for (int i = 0; i < spec.k; ++i) {
+            const double p = w[static_cast<size_t>(o * spec.k + i)] * input.value(r, i);
+            sum += p;
+            size += std::fabs(p);
+          }
+          bad += !(std::fabs(got - sum) <= 3e-6 * size);
+        }
+      }
+      EXPECT_EQ(bad, 0) << rows << " rows";
+    }
+  }
+}
+
+TEST_P(KernelsTest, GemmRowsDoNotDependOnCompany) {
+  for (const WeightSpec& spec : gemm_specs()) {
+    SCOPED_TRACE(label(spec));
+    const auto weight = random_weight(spec);
+    const Input input(*kernels_, 19, spec, 3);
+    const int n = spec.n, tiles = spec.tiles();
+    std::vector<Floats> alone;
+    for (int r = 0; r < 19; ++r)
+      alone.push_back(run_gemm(*kernels_, spec, weight, input, {r}, n, 0, tiles));
+    for (int rows = 2; rows <= 19; ++rows) {
+      std::vector<int32_t> index = iota(19);
+      std::shuffle(index.begin(), index.end(), std::mt19937(static_cast<uint32_t>(rows)));
+      index.resize(static_cast<size_t>(rows));
+      index.back() = index.front();  // a row may come twice
+      const Floats out = run_gemm(*kernels_, spec, weight, input, index, n, 0, tiles);
+      for (size_t r = 0; r < index.size(); ++r) {
+        ASSERT_EQ(std::memcmp(&out[r * static_cast<size_t>(n)],
+                              alone[static_cast<size_t>(index[r])].data(),
+                              static_cast<size_t>(n) * sizeof(float)), 0)
+            << "row " << r << " of " << rows;
+      }
+    }
+    // No index means rows 0, 1, 2, ...; parts of the tiles give parts of the columns.
+    Floats out(static_cast<size_t>(3 * n), kUntouched);
+    GemmArgs args{out.data(), n, weight.data(), &spec, input.view(), nullptr, 3, 1, tiles - 1};
+    kernels_->gemm(args);
+    for (int r = 0; r < 3; ++r) {
+      for (int o = 0; o < n; ++o) {
+        const float expected = o / kTile >= 1 && o / kTile < tiles - 1
+                                   ? alone[static_cast<size_t>(r)][static_cast<size_t>(o)]
+                                   : kUntouched;
+        ASSERT_EQ(out[static_cast<size_t>(r * n + o)], expected) << r << " " << o;
+      }
+    }
+  }
+}
+
+// With every scale 1 the result is the integer sum itself: no instruction set may saturate or round.
+TEST_P(KernelsTest, GemmIntegersAreExactAtTheExtremes) {
+  for (bool int4 : {true, false}) {
+    WeightSpec spec{int4 ? WeightFormat::int4 : WeightFormat::int8, 16, 128, 1, 128};
+    std::mt19937 engine(5);
+    for (int trial = 0; trial < 50; ++trial) {
+      auto weight = random_weight(spec, static_cast<uint64_t>(trial));
+      for (size_t i = 0; i < 32; i += 2) {
+        const uint16_t one = 0x3c00;
+        std::memcpy(&weight[i], &one, 2);
+      }
+      for (size_t i = 64; trial % 2 && i < weight.size(); ++i)
+        weight[i] = std::byte{static_cast<uint8_t>(int4 ? (engine() % 2 ? 0xff : 0)
+                                                        : (engine() % 2 ? 0x80 : 0x7f))};
+      Floats w(16 * 128);
+      unpack(w.data(), spec, weight.data());
+      std::vector<int16_t> q(128);
+      int32_t sum = 0;
+      for (int16_t& v : q) {
+        v = static_cast<int16_t>(trial < 2 ? (trial ? -32767 : 32767) : engine() % 65535 - 32767);
+        sum += v;
+      }
+      const float one = 1.0f;
+      Floats out(16);
+      kernels_->gemm({out.data(), 16, weight.data(), &spec, {nullptr, q.data(), &one, &sum},
+                      nullptr, 1, 0, 1});
+      for (size_t o = 0; o < 16; ++o) {
+        int64_t exact = 0;
+        for (size_t i = 0; i < 128; ++i) exact += static_cast<int64_t>(w[o * 128 + i]) * q[i];
+        ASSERT_EQ(out[o], static_cast<float>(exact)) << int4 << " " << trial << " " << o;
+      }
+    }
+  }
+}
+
+TEST_P(KernelsTest, GemmPassesNanOn) {
+  for (WeightFormat format : {WeightFormat::f32, WeightFormat::f16, WeightFormat::bf16,
+                              WeightFormat::int8, WeightFormat::int4}) {
+    const WeightSpec spec{format, 33, 256, 1, is_quantized(format) ? 64 : 0};
+    const auto weight = random_weight(spec);
+    for (float bad : {kNan, kInf, -kInf}) {
+      Input input(*kernels_, 3, spec, 1);
+      input.x[256 + 131] = bad;
+      input.quantize(*kernels_);
+      const Floats out = run_gemm(*kernels_, spec, weight, input, iota(3), 33, 0, 3);
+      for (size_t i = 0; i < out.size(); ++i)
+        EXPECT_EQ(std::isfinite(out[i]), i / 33 != 1) << format_name(format) << " " << i;
+    }
+  }
+}
+
+TEST_P(KernelsTest, QuantizeRows) {
+  for (int group : {32, 64, 128}) {
+    const WeightSpec spec{WeightFormat::int8, 16, 256, 1, group};
+    Input input(*kernels_, 5, spec, 9);
+    for (size_t i = 0; i < 256; ++i) input.x[i] = 0.0f;                 // a row of zeros
+    for (size_t i = 256; i < 512; ++i) input.x[i] *= 1e-36f;            // far too small to matter
+    for (size_t i = 512; i < 768; ++i) input.x[i] *= 1e30f;
+    input.x[768] = kNan;
+    input.quantize(*kernels_);
+    for (size_t block = 0; block < input.scale.size(); ++block) {
+      const size_t begin = block * static_cast<size_t>(group), end = begin + static_cast<size_t>(group);
+      if (begin <= 768 && 768 < end) {
+        EXPECT_TRUE(std::isnan(input.scale[block]));
+        continue;
+      }
+      double top = 0;
+      for (size_t i = begin; i < end; ++i) top = std::max(top, std::fabs(double{input.x[i]}));
+      int32_t sum = 0;
+      for (size_t i = begin; i < end; ++i) {
+        sum += input.q[i];
+        const double miss = std::fabs(double{input.scale[block]} * input.q[i] - input.x[i]);
+        EXPECT_LE(miss, std::max(top / 32768, 0x1p-100)) << i;
+      }
+      EXPECT_EQ(input.sum[block], sum);
+    }
+    const Input same(*kernels_named("portable"), 5, spec, 9), again(*kernels_, 5, spec, 9);
+    EXPECT_EQ(same.q, again.q);
+    EXPECT_EQ(same.scale, again.scale);
+    EXPECT_EQ(same.sum, again.sum);
+  }
+}
+
+// The three products share this check; `which` 0: A B, 1: A B^T, 2: A^T B.
+TEST_P(KernelsTest, SmallMatrixProducts) {
+  struct Size { int m, n, k; };
+  std::vector<Size> sizes = {{64, 128, 128}, {64, 64, 128}, {64, 77, 256}, {13, 1, 3}, {5, 3, 1}};
+  for (int m = 1; m <= 17; ++m) sizes.push_back({m, 15 + m * 7, 19 + m * 5});
+  for (const auto& [m, n, k] : sizes) {
+    for (int which : {0, 1, 2}) {
+      SCOPED_TRACE(concat("m ", m, " n ", n, " k ", k, " which ", which));
+      const int64_t lda = (which == 2 ? m : k) + 3, ldb = (which == 1 ? k : n) + 2, ldc = n + 4;
+      const Floats a = random_floats(static_cast<size_t>(lda * (which == 2 ? k : m)), 1);
+      const Floats b = random_floats(static_cast<size_t>(ldb * (which == 1 ? n : k)), 2);
+      const auto call = which == 0   ? kernels_->matmul
+                        : which == 1 ? kernels_->matmul_bt
+                                     : kernels_->matmul_at;
+      for (bool accumulate : {false, true}) {
+        const Floats before = random_floats(static_cast<size_t>(ldc * m), 3);
+        Floats c = before;
+        call(c.data(), a.data(), b.data(), m, n, k, ldc, lda, ldb, accumulate);
+        int bad = 0;
+        for (int i = 0; i < m; ++i) {
+          for (int j = 0; j < ldc; ++j) {
+            const size_t at = static_cast<size_t>(i * ldc + j);
+            if (j >= n) {
+              bad += c[at] != before[at];
+              continue;
+            }
+            double sum = accumulate ? before[at] : 0, size = std::fabs(sum);
+            for (int l = 0; l < k; ++l) {
+              const double p = double{a[static_cast<size_t>(which == 2 ? l * lda + i : i * lda + l)]} *
+                               b[static_cast<size_t>(which == 1 ? j * ldb + l : l * ldb + j)];
+              sum += p;
+              size += std::fabs(p);
+            }
+            bad += !(std::fabs(c[at] - sum) <= 3e-6 * size);
+          }
+          // The same row alone.
+          Floats row(before.begin() + i * ldc, before.begin() + (i + 1) * ldc);
+          call(row.data(), a.data() + (which == 2 ? i : i * lda), b.data(), 1, n, k, ldc, lda, ldb,
+               accumulate);
+          bad += std::memcmp(row.data(), &c[static_cast<size_t>(i * ldc)], row.size() * 4) != 0;
+        }
+        EXPECT_EQ(bad, 0) << accumulate;
+      }
+    }
+  }
+}
+
+TEST_P(KernelsTest, ProductsPassNanOn) {
+  Floats a(8 * 24, 1.0f), b(40 * 40, 0.0f), c(8 * 40);
+  a[3 * 24 + 23] = kNan;
+  kernels_->matmul(c.data(), a.data(), b.data(), 8, 40, 24, 40, 24, 40, false);
+  for (size_t i = 0; i < c.size(); ++i) EXPECT_EQ(std::isnan(c[i]), i / 40 == 3);
+  kernels_->matmul_bt(c.data(), a.data(), b.data(), 8, 40, 24, 40, 24, 24, false);
+  for (size_t i = 0; i < c.size(); ++i) EXPECT_EQ(std::isnan(c[i]), i / 40 == 3);
+}
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+void expect_close(const Floats& got, const std::vector<double>& expected, double relative) {
+  ASSERT_EQ(got.size(), expected.size());
+  for (size_t i = 0; i < got.size(); ++i)
+    ASSERT_NEAR(got[i], expected[i], relative * std::fabs(expected[i]) + 1e-37) << i;
+}
+
+TEST_P(KernelsTest, VectorFunctions) {
+  for (size_t n : {1u, 3u, 4u, 7u, 16u, 17u, 31u, 33u, 64u, 100u, 128u, 200u, 256u, 2048u, 2051u}) {
+    SCOPED_TRACE(n);
+    const int count = static_cast<int>(n);
+    const Floats x = random_floats(n, 1, 3.0f), y = random_floats(n, 2), z = random_floats(n, 3, 9.0f);
+    double square = 0, product = 0, size = 0;
+    for (size_t i = 0; i < n; ++i) {
+      square += double{x[i]} * x[i];
+      product += double{x[i]} * y[i];
+      size += std::fabs(double{x[i]} * y[i]);
+    }
+    EXPECT_NEAR(kernels_->dot(x.data(), y.data(), count), product, 1e-6 * size);
+    EXPECT_EQ(kernels_->max(x.data(), count), *std::max_element(x.begin(), x.end()));
+
+    const double rms = 1 / std::sqrt(square / static_cast<double>(n) + 1e-6);
+    const double l2 = 0.25 / std::sqrt(square + 1e-6);
+    Floats out(n + 1, kUntouched);  // one past the end must stay
+    std::vector<double> expected(n + 1, kUntouched);
+    const auto check = [&](const char* name, const auto& of, double relative) {
+      SCOPED_TRACE(name);
+      for (size_t i = 0; i < n; ++i) expected[i] = of(i);
+      expect_close(out, expected, relative);
+    };
+    const auto fill = [&](const Floats& v) { std::copy(v.begin(), v.end(), out.begin()); };
+    fill(y);
+    kernels_->axpy(out.data(), 0.0f, x.data(), count);
+    check("axpy 0", [&](size_t i) { return y[i]; }, 0);
+    fill(y);
+    kernels_->axpy(out.data(), 0.75f, x.data(), count);
+    for (size_t i = 0; i < n; ++i) ASSERT_NEAR(out[i], y[i] + 0.75 * x[i], 2e-6);
+    fill(y);
+    kernels_->scale(out.data(), 0.3f, count);
+    check("scale", [&](size_t i) { return double{0.3f} * y[i]; }, 1e-7);
+    fill(y);
+    kernels_->add(out.data(), x.data(), count);
+    check("add", [&](size_t i) { return x[i] + y[i]; }, 0);
+    fill(x);
+    const float total = kernels_->exp_sum(out.data(), 1.5f, count);
+    check("exp_sum", [&](size_t i) { return std::exp(double{x[i] - 1.5f}); }, 2.4e-7);
+    EXPECT_NEAR(total, std::accumulate(expected.begin(), expected.end() - 1, 0.0), 1e-6 * total);
+    kernels_->rms_norm(out.data(), x.data(), y.data(), count, 1e-6f);
+    check("rms_norm", [&](size_t i) { return x[i] * rms * y[i]; }, 1e-6);
+    kernels_->gated_rms_norm(out.data(), x.data(), y.data(), z.data(), count, 1e-6f);
+    check("gated", [&](size_t i) { return x[i] * rms * y[i] * z[i] * sigmoid(z[i]); }, 2e-6);
+    kernels_->l2_norm(out.data(), x.data(), 0.25f, count, 1e-6f);
+    check("l2_norm", [&](size_t i) { return x[i] * l2; }, 1e-6);
+    kernels_->silu_mul(out.data(), z.data(), y.data(), count);
+    check("silu_mul", [&](size_t i) { return z[i] * sigmoid(z[i]) * y[i]; }, 1e-6);
+    kernels_->sigmoid_mul(out.data(), y.data(), z.data(), count);
+    check("sigmoid_mul", [&](size_t i) { return y[i] * sigmoid(z[i]); }, 1e-6);
+    const Floats weight = random_floats(4 * n, 4);
+    const float* taps[] = {x.data(), y.data(), z.data(), y.data()};
+    kernels_->conv_silu(out.data(), taps, weight.data(), 4, count);
+    for (size_t i = 0; i < n; ++i) {
+      double sum = 0;
+      for (size_t j = 0; j < 4; ++j) sum += double{taps[j][i]} * weight[j * n + i];
+      ASSERT_NEAR(out[i], sum * sigmoid(sum), 2e-5);
+    }
+    EXPECT_EQ(out[n], kUntouched);
+  }
+}
+
+TEST_P(KernelsTest, VectorFunctionsPassNanOn) {
+  for (size_t n : {1u, 5u, 16u, 37u, 64u, 131u}) {
+    for (size_t at = 0; at < n; at += 3) {
+      SCOPED_TRACE(concat(n, " ", at));
+      const int count = static_cast<int>(n);
+      const Floats one(n, 1.0f);
+      Floats bad = one, out(n);
+      bad[at] = kNan;
+      const auto only_at = [&] {
+        for (size_t i = 0; i < n; ++i)
+          if (std::isnan(out[i]) != (i == at)) return false;
+        return true;
+      };
+      const auto everywhere = [&] {
+        return std::all_of(out.begin(), out.end(), [](float v) { return std::isnan(v); });
+      };
+      EXPECT_TRUE(std::isnan(kernels_->dot(bad.data(), one.data(), count)));
+      EXPECT_TRUE(std::isnan(kernels_->max(bad.data(), count)));
+      out = bad;
+      EXPECT_TRUE(std::isnan(kernels_->exp_sum(out.data(), 0.0f, count)) && only_at());
+      kernels_->silu_mul(out.data(), bad.data(), one.data(), count);
+      EXPECT_TRUE(only_at());
+      kernels_->sigmoid_mul(out.data(), one.data(), bad.data(), count);
+      EXPECT_TRUE(only_at());
+      kernels_->gated_rms_norm(out.data(), one.data(), one.data(), bad.data(), count, 1e-6f);
+      EXPECT_TRUE(only_at());
+      kernels_->rms_norm(out.data(), bad.data(), one.data(), count, 1e-6f);
+      EXPECT_TRUE(everywhere());
+      kernels_->l2_norm(out.data(), bad.data(), 1.0f, count, 1e-6f);
+      EXPECT_TRUE(everywhere());
+    }
+  }
+}
+
+TEST_P(KernelsTest, ExpOverTheFullRange) {
+  Floats x, got;
+  for (float v = -110.0f; v < 95.0f; v += 0.00137f) x.push_back(v);
+  got = x;
+  kernels_->exp_sum(got.data(), 0.0f, static_cast<int>(x.size()));
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double exact = std::exp(double{x[i]});
+    if (exact > std::numeric_limits<float>::max()) {
+      ASSERT_EQ(got[i], kInf) << x[i];
+      continue;
+    }
+    const float near = static_cast<float>(exact);
+    const double ulp = std::nextafter(near, kInf) - double{near};
+    ASSERT_LE(std::fabs(got[i] - exact), 2 * ulp) << x[i];
+  }
+  Floats special = {-kInf, kInf, kNan, 0.0f, -0.0f, -1000.0f, 1000.0f};
+  kernels_->exp_sum(special.data(), 0.0f, 7);
+  EXPECT_EQ(special[0], 0.0f);
+  EXPECT_EQ(special[1], kInf);
+  EXPECT_TRUE(std::isnan(special[2]));
+  EXPECT_EQ(special[3], 1.0f);
+  EXPECT_EQ(special[4], 1.0f);
+  EXPECT_EQ(special[5], 0.0f);
+  EXPECT_EQ(special[6], kInf);
+  // silu neither overflows nor loses its sign far out.
+  const Floats gate = {-200.0f, -90.0f, 90.0f, 1e30f, -1e30f}, one(5, 1.0f);
+  Floats out(5);
+  kernels_->silu_mul(out.data(), gate.data(), one.data(), 5);
+  EXPECT_EQ(out[0], 0.0f);
+  EXPECT_NEAR(out[1], -90 * std::exp(-90.0), 1e-42);
+  EXPECT_EQ(out[2], 90.0f);
+  EXPECT_EQ(out[3], 1e30f);
+  EXPECT_EQ(out[4], 0.0f);
+}
+
+TEST_P(KernelsTest, GatedDeltaStep) {
+  for (auto [dk, dv] : {std::pair{128, 128}, {64, 48}, {5, 16}, {128, 208}}) {
+    SCOPED_TRACE(concat(dk, " by ", dv));
+    const size_t m = static_cast<size_t>(dk), n = static_cast<size_t>(dv);
+    Floats state = random_floats(m * n, 1), out(n);
+    const Floats q = random_floats(m, 2, 0.1f), k = random_floats(m, 3, 0.1f), v = random_floats(n, 4);
+    const float decay = 0.9f, beta = 0.6f;
+    std::vector<double> expected(state.begin(), state.end());
+    for (int step = 0; step < 3; ++step) {
+      kernels_->gated_delta_step(state.data(), out.data(), q.data(), k.data(), v.data(), decay,
+                                 beta, dk, dv);
+      for (size_t c = 0; c < n; ++c) {
+        double read = 0, result = 0;
+        for (size_t r = 0; r < m; ++r) read += (expected[r * n + c] *= decay) * k[r];
+        const double delta = beta * (v[c] - read);
+        for (size_t r = 0; r < m; ++r) result += (expected[r * n + c] += k[r] * delta) * q[r];
+        ASSERT_NEAR(out[c], result, 1e-5) << c;
+      }
+      for (size_t i = 0; i < state.size(); ++i) ASSERT_NEAR(state[i], expected[i], 3e-6) << i;
+    }
+    state[n] = kNan;  // row 1, column 0
+    kernels_->gated_delta_step(state.data(), out.data(), q.data(), k.data(), v.data(), decay, beta,
+                               dk, dv);
+    for (size_t c = 0; c < n; ++c) ASSERT_EQ(std::isnan(out[c]), c == 0);
+  }
+}
+
+TEST_P(KernelsTest, Conversions) {
+  std::vector<uint16_t> halves(65536 + 5);
+  for (size_t i = 0; i < halves.size(); ++i) halves[i] = static_cast<uint16_t>(i);
+  Floats out(halves.size());
+  const auto same = [](float a, float b) {
+    return std::isnan(b) ? std::isnan(a) : a == b && std::signbit(a) == std::signbit(b);
+  };
+  const int64_t n = static_cast<int64_t>(halves.size());
+  kernels_->f16_to_f32(out.data(), halves.data(), n);
+  for (size_t i = 0; i < halves.size(); ++i) ASSERT_TRUE(same(out[i], f16_value(halves[i]))) << i;
+  kernels_->bf16_to_f32(out.data(), halves.data(), n);
+  for (size_t i = 0; i < halves.size(); ++i) ASSERT_TRUE(same(out[i], bf16_value(halves[i]))) << i;
+
+  std::mt19937 engine(1);
+  Floats x(100003);
+  for (size_t i = 0; i < x.size(); ++i) {
+    uint32_t bits = static_cast<uint32_t>(engine());
+    if (i % 3 == 0) bits = (bits & 0xffff0000u) | 0x8000u;  // a tie
+    std::memcpy(&x[i], &bits, 4);
+  }
+  std::vector<uint16_t> words(x.size());
+  kernels_->f32_to_bf16(words.data(), x.data(), static_cast<int64_t>(x.size()));
+  for (size_t i = 0; i < x.size(); ++i) ASSERT_EQ(words[i], bf16_of(x[i])) << x[i];
+}
+
+TEST_P(KernelsTest, ReadBytesReadsEverything) {
+  std::vector<std::byte> data(1003);
+  std::mt19937 engine(1);
+  for (std::byte& b : data) b = static_cast<std::byte>(engine());
+  uint64_t sum = 0, word;
+  size_t i = 0;
+  for (; i + 8 <= data.size(); i += 8) sum += (std::memcpy(&word, &data[i], 8), word);
+  for (; i < data.size(); ++i) sum += static_cast<uint64_t>(data[i]);
+  EXPECT_EQ(kernels_->read_bytes(data.data(), data.size()), sum);
+}
+
+INSTANTIATE_TEST_SUITE_P(Isa, KernelsTest, testing::Values("portable", "avx2", "avx512"),
+                         [](const auto& info) { return std::string(info.param); });
+
+TEST(Dispatch, NamesAndDefault) {
+  EXPECT_EQ(kernels_named("avx1024"), nullptr);
+  EXPECT_EQ(kernels_named(""), nullptr);
+  EXPECT_EQ(&kernels(), kernels_named(kernels().name));
+}
+
+TEST(Pack, DenseIsExactAndRounds) {
+  const Floats x = random_floats(37 * 67, 1, 0.05f);
+  for (WeightFormat format : {WeightFormat::f32, WeightFormat::f16, WeightFormat::bf16}) {
+    const WeightSpec spec{format, 37, 67};
+    Floats expected = x, got(x.size());
+    std::vector<uint16_t> halves;
+    for (float& v : expected) {
+      if (format == WeightFormat::f16) halves.push_back(f16_of(v)), v = f16_value(halves.back());
+      if (format == WeightFormat::bf16) halves.push_back(bf16_of(v)), v = bf16_value(halves.back());
+    }
+    std::vector<std::byte> from_f32(spec.matrix_bytes()), from_same(spec.matrix_bytes());
+    pack_tiles(from_f32.data(), spec, x.data(), DType::f32, 0, 3);
+    unpack(got.data(), spec, from_f32.data());
+    EXPECT_EQ(got, expected) << format_name(format);
+    if (format == WeightFormat::f32) continue;
+    const DType dtype = format == WeightFormat::f16 ? DType::f16 : DType::bf16;
+    pack_tiles(from_same.data(), spec, halves.data(), dtype, 2, 3);
+    pack_tiles(from_same.data(), spec, halves.data(), dtype, 0, 2);
+    EXPECT_EQ(from_same, from_f32);
+  }
+}
+
+TEST(Pack, QuantizedLayoutAndError) {
+  // Integers up to the largest code with scale 1 come back exactly, from the places quant.h names.
+  for (bool int4 : {true, false}) {
+    const WeightSpec spec{int4 ? WeightFormat::int4 : WeightFormat::int8, 20, 64, 1, 32};
+    Floats x(20 * 64), got(x.size());
+    for (size_t i = 0; i < x.size(); ++i)
+      x[i] = static_cast<float>(int4 ? i % 32 == 3 ? -8 : static_cast<int>(i * 7 % 16) - 8
+                                     : i % 32 == 3 ? 127 : static_cast<int>(i * 37 % 255) - 127);
+    std::vector<std::byte> packed(spec.matrix_bytes(), std::byte{0xee});
+    pack_tiles(packed.data(), spec, x.data(), DType::f32, 0, 2);
+    unpack(got.data(), spec, packed.data());
+    EXPECT_EQ(got, x);
+    for (size_t o = 0; o < 20; ++o) {
+      for (size_t i = 0; i < 64; ++i) {
+        const std::byte* codes = &packed[o / 16 * spec.tile_bytes() + spec.scale_bytes()];
+        const size_t lane = o % 16 * 2 + i % 2;
+        if (int4) {
+          const int byte = static_cast<int>(codes[i / 8 * 64 + lane * 2 + i % 8 / 4]);
+          ASSERT_EQ((byte >> (i % 4 / 2 * 4) & 15) - 8, x[o * 64 + i]) << o << " " << i;
+        } else {
+          const std::byte byte = codes[i / 4 * 64 + lane * 2 + i % 4 / 2];
+          ASSERT_EQ(static_cast<int8_t>(byte), x[o * 64 + i]) << o << " " << i;
+        }
+      }
+    }
+  }
+  for (int group : {32, 64, 128}) {
+    for (bool int4 : {true, false}) {
+      for (float std : {0.03f, 1e-6f, 100.0f}) {
+        const WeightSpec spec{int4 ? WeightFormat::int4 : WeightFormat::int8, 19, 256, 1, group};
+        const Floats x = random_floats(19 * 256, 5, std);
+        Floats got(x.size());
+        std::vector<std::byte> packed(spec.matrix_bytes());
+        pack_tiles(packed.data(), spec, x.data(), DType::f32, 0, 2);
+        unpack(got.data(), spec, packed.data());
+        const size_t step = static_cast<size_t>(group);
+        double total = 0, plain_total = 0;
+        for (size_t b = 0; b < x.size(); b += step) {
+          double top = 0, error = 0, plain = 0;
+          for (size_t i = b; i < b + step; ++i) top = std::max(top, std::fabs(double{x[i]}));
+          const double s = top / (int4 ? 7 : 127);
+          for (size_t i = b; i < b + step; ++i) {
+            const double miss = std::fabs(double{got[i]} - x[i]);
+            // 2^-24 is the step of the smallest f16 scales.
+            ASSERT_LE(miss, int4 ? 1.4 * s + 0x1p-24 : s * 0.5 + top / 2000 + 0x1p-24) << i;
+            error += miss * miss;
+            plain += std::pow(s * std::nearbyint(x[i] / s) - x[i], 2);
+          }
+          total += error;
+          plain_total += plain;
+        }
+        if (!int4) continue;
+        if (std > 1e-5f) {
+          EXPECT_LT(total, 0.9 * plain_total);
+        }
+        EXPECT_LT(std::sqrt(total / static_cast<double>(x.size())), std * 0.14);
+      }
+    }
+  }
+}
+
+TEST(Pack, RefusesWhatItCannotKeep) {
+  Floats x(16 * 64, 1.0f);
+  std::vector<std::byte> packed(1 << 16);
+  const WeightSpec int8{WeightFormat::int8, 16, 64, 1, 32}, f16{WeightFormat::f16, 16, 64};
+  const WeightSpec zero{WeightFormat::int4, 16, 64, 1, 32, true};
+  const WeightSpec group{WeightFormat::int4, 16, 64, 1, 48};
+  const auto pack = [&](const WeightSpec& s) {
+    pack_tiles(packed.data(), s, x.data(), DType::f32, 0, 1);
+  };
+  pack(int8);
+  EXPECT_THROW(pack(zero), InvalidArgument);
+  EXPECT_THROW(pack(group), InvalidArgument);
+  for (float bad : {kNan, kInf, 1e30f}) {
+    x[77] = bad;
+    EXPECT_THROW(pack(int8), Format);
+    EXPECT_THROW(pack(f16), Format);
+  }
+}
+
+TEST(Pack, FillRandom) {
+  for (const WeightSpec& spec : {WeightSpec{WeightFormat::bf16, 90, 256}, {WeightFormat::f32, 90, 256},
+                                 {WeightFormat::f16, 90, 256}, {WeightFormat::int8, 90, 256, 1, 64},
+                                 {WeightFormat::int4, 90, 256, 1, 64},
+                                 {WeightFormat::int4, 90, 256, 1, 64, true}}) {
+    SCOPED_TRACE(label(spec));
+    const auto whole = random_weight(spec);
+    std::vector<std::byte> parts(whole.size(), std::byte{1});
+    fill_random(parts.data(), spec, 7, 0.05f, 3, spec.tiles());
+    fill_random(parts.data(), spec, 7, 0.05f, 0, 3);
+    EXPECT_EQ(whole, parts);
+    EXPECT_NE(whole, random_weight(spec, 8));
+    Floats w(90 * 256);
+    unpack(w.data(), spec, whole.data());
+    double sum = 0, square = 0;
+    for (float v : w) sum += v, square += double{v} * v;
+    EXPECT_NEAR(sum / 23040, 0, 0.002);
+    EXPECT_NEAR(std::sqrt(square / 23040), 0.05, 0.002);
+  }
+}
+
+TEST(Quant, SpecsAndRecipes) {
+  const WeightSpec spec{WeightFormat::int4, 17, 96, 3, 32, true};
+  EXPECT_EQ(spec.tiles(), 2);
+  EXPECT_EQ(spec.scale_bytes(), 128u);  // 96 padded
+  EXPECT_EQ(spec.tile_bytes(), 2 * 128u + 16 * 96 / 2);
+  EXPECT_EQ(spec.bytes(), 3 * 2 * spec.tile_bytes());
+  EXPECT_EQ(group_for(2048), 128);
+  EXPECT_EQ(group_for(192), 64);
+  EXPECT_EQ(group_for(96), 32);
+  EXPECT_EQ(group_for(100), 0);
+  for (const char* name : {"none", "int8", "int4", "int4-all"})
+    EXPECT_EQ(recipe_name(parse_recipe(name)), name);
+  EXPECT_THROW(parse_recipe("int3"), InvalidArgument);
+  EXPECT_THROW(dense_format(DType::i32), InvalidArgument);
+  const auto bf16 = WeightFormat::bf16;
+  EXPECT_EQ(choose_format(Recipe::int4_all, WeightRole::embedding, bf16), bf16);
+  EXPECT_EQ(choose_format(Recipe::int4_all, WeightRole::exact, bf16), bf16);
+  EXPECT_EQ(choose_format(Recipe::none, WeightRole::experts, bf16), bf16);
+  EXPECT_EQ(choose_format(Recipe::int8, WeightRole::lm_head, bf16), WeightFormat::int8);
+  EXPECT_EQ(choose_format(Recipe::int4, WeightRole::out_proj, bf16), WeightFormat::int8);
+  EXPECT_EQ(choose_format(Recipe::int4, WeightRole::shared_expert, bf16), WeightFormat::int8);
+  EXPECT_EQ(choose_format(Recipe::int4, WeightRole::experts, bf16), WeightFormat::int4);
+  EXPECT_EQ(choose_format(Recipe::int4_all, WeightRole::out_proj, bf16), WeightFormat::int4);
+}
+
+TEST(ThreadPool, EveryIndexOnceFromSeveralCallers) {
+  for (int threads : {1, 2, 4, 7}) {
+    const auto pool = ThreadPool::shared(threads);
+    EXPECT_EQ(pool->size(), threads);
+    EXPECT_EQ(pool, ThreadPool::shared(threads));
+    std::vector<std::thread> callers;
+    std::atomic<int> inside{0}, bad{0};
+    for (int caller = 0; caller < 3; ++caller) {
+      callers.emplace_back([&, caller] {
+        for (int job = 0; job < 300; ++job) {
+          const int count = (job * 7 + caller) % 23;
+          std::vector<int> hits(static_cast<size_t>(count));  // plain: ordered by run() itself
+          std::vector<int> last(static_cast<size_t>(threads), 0);
+          pool->run(count, [&](int index, int worker) {
+            if (index == 0 && inside.fetch_add(1) != 0) ++bad;  // jobs never overlap
+            ++hits[static_cast<size_t>(index)];
+            ++last[static_cast<size_t>(worker)];  // a worker does one thing at a time
+            if (index == 0) inside.fetch_sub(1);
+          });
+          if (std::count(hits.begin(), hits.end(), 1) != count) ++bad;
+          if (std::accumulate(last.begin(), last.end(), 0) != count) ++bad;
+          if (job % 100 == 99) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        }
+      });
+    }
+    for (std::thread& caller : callers) caller.join();
+    EXPECT_EQ(bad, 0);
+  }
+  EXPECT_THROW(ThreadPool(0), InvalidArgument);
+}
+
+}  // namespace
+}  // namespace qwen_moe::cpu
