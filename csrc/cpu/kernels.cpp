@@ -47,7 +47,7 @@ const Kernels& kernels() {
     if (name && *name) {
       const Kernels* named = kernels_named(name);
       require(named != nullptr, "QWEN_MOE_ISA is '", name,
-              "', but this processor offers only ones among portable, avx2, avx512");
+              "', which this processor lacks or which is none of portable, avx2, avx512");
       return *named;
     }
     const Kernels* best = best_x86("");

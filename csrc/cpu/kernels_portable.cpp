@@ -16,7 +16,7 @@ typedef int16_t S8 __attribute__((vector_size(16)));
 typedef uint16_t U8 __attribute__((vector_size(16)));
 typedef uint16_t U4 __attribute__((vector_size(8)));
 typedef int16_t S4 __attribute__((vector_size(8)));
-typedef int64_t L __attribute__((vector_size(16)));
+typedef uint64_t L __attribute__((vector_size(16)));
 constexpr int kW = 4;            // floats in a vector
 constexpr int kDenseRows = 1;    // rows that share one read of a dense tile
 constexpr int kQuantRows = 2;    // rows that share one expansion of a quantized tile

@@ -243,8 +243,8 @@ void pack_dense(std::byte* tile, const WeightSpec& spec, TileReader& reader, int
 void check_spec(const WeightSpec& spec) {
   require(spec.n > 0 && spec.k > 0, "a weight needs positive sizes, got n ", spec.n, ", k ",
           spec.k);
-  require(!spec.has_zero || spec.format == WeightFormat::int4, "only int4 weights have offsets, not ",
-          format_name(spec.format));
+  require(!spec.has_zero || spec.format == WeightFormat::int4,
+          "only int4 weights have offsets, not ", format_name(spec.format));
   if (!is_quantized(spec.format)) return;
   require(spec.group == 32 || spec.group == 64 || spec.group == 128,
           "the group of a quantized weight is 32, 64 or 128, not ", spec.group);

@@ -20,8 +20,8 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls task(index, worker) for every index in [0, count), worker in [0, size()). Returns when all
-  // are done. One run at a time; callers on several threads wait for each other. Never nests.
+  // Calls task(index, worker) for every index in [0, count), worker in [0, size()). Returns when
+  // all are done. One run at a time; callers on several threads wait for each other. Never nests.
   // Tasks must not throw: an exception that leaves one ends the process.
   template <class Task>
   void run(int count, const Task& task) {
