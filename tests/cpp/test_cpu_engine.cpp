@@ -12,8 +12,8 @@ namespace {
 std::atomic<long> allocations{0};
 }
 
-// Counts every allocation of the program, so that a test can see that decoding makes none. Kept out of
-// line, or the compiler takes inlined halves of the pairs for a mismatch.
+// Counts every allocation of the program, so that a test can see that decoding makes none. Kept out
+// of line, or the compiler takes inlined halves of the pairs for a mismatch.
 [[gnu::noinline]] void* operator new(std::size_t size) {
   ++allocations;
   if (void* p = std::malloc(size)) return p;
