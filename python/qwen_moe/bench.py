@@ -1,0 +1,265 @@
+"""`qwen-moe bench`: prefill and decode, against the read bandwidth measured in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_moe import _core
+from qwen_moe.engine import Engine
+from qwen_moe.errors import InvalidArgument
+from qwen_moe.sampling import SamplingParams
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "model_type": "qwen3_5_moe_text",
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "num_hidden_layers": 8,
+        "full_attention_interval": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 8,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_theta": 10000000, "partial_rotary_factor": 0.25},
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Medians of one batch size."""
+
+    batch: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    tokens_sha256: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint")
+    source.add_argument(
+        "--config", type=Path, metavar="FILE", help="a config.json; weights are random"
+    )
+    source.add_argument(
+        "--preset", choices=sorted(PRESETS), help="a built-in config; weights are random"
+    )
+    parser.add_argument("--quantize", choices=("none", "int8", "int4", "int4-all"), default="int4")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: all CPUs")
+    parser.add_argument("--batch", type=_batches, default=[1, 2, 4, 8], metavar="N,N,...")
+    parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N")
+    parser.add_argument("--decode-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, write the JSON file, and print a table last."""
+    if args.prompt_tokens < 1 or args.decode_tokens < 2 or args.repeat < 1:
+        raise InvalidArgument(
+            "--prompt-tokens and --repeat must be at least 1, --decode-tokens at least 2"
+        )
+    threads = args.threads or len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as scratch:
+        path, dummy = _source(args, Path(scratch))
+        with Engine(
+            path,
+            device=args.device,
+            quantize=None if args.quantize == "none" else args.quantize,
+            threads=threads,
+            max_sessions=max(args.batch),
+            max_context=args.prompt_tokens + args.decode_tokens,
+            load_format="dummy" if dummy else "auto",
+        ) as engine:
+            bandwidth = _core.read_bandwidth(threads)
+            measured = [
+                measure(engine, batch, args.prompt_tokens, args.decode_tokens, args.repeat)
+                for batch in args.batch
+            ]
+            bandwidth = max(bandwidth, _core.read_bandwidth(threads))
+            report = _report(args, engine, threads, bandwidth, measured)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report))
+
+
+def measure(
+    engine: Engine, batch: int, prompt_tokens: int, decode_tokens: int, repeat: int
+) -> Measurement:
+    """Run `batch` sessions together; medians over `repeat` runs after an unmeasured one.
+
+    The first token of a reply comes from the prefill, so the rate of decode counts the others.
+    """
+    core = engine.core
+    vocabulary = engine.config.vocab_size
+    prompts = [
+        random.Random(row).choices(range(vocabulary), k=prompt_tokens) for row in range(batch)
+    ]
+    sampling = SamplingParams(seed=0).to_core()
+    sessions: list[int] = []
+    prefill, decode, hashes = [], [], set()
+    try:
+        for _ in range(batch):
+            sessions.append(core.open())
+        for turn in range(repeat + 1):
+            for session, prompt in zip(sessions, prompts, strict=True):
+                core.reset(session)
+                core.submit(session, prompt, sampling=None, max_tokens=0)
+            began = time.perf_counter()
+            core.run(sessions)
+            filled = time.perf_counter()
+            for session in sessions:
+                core.submit(
+                    session, [], sampling=sampling, max_tokens=decode_tokens, ignore_eos=True
+                )
+            started = time.perf_counter()
+            core.run(sessions)
+            ended = time.perf_counter()
+            if turn > 0:
+                prefill.append(batch * prompt_tokens / (filled - began))
+                decode.append(batch * (decode_tokens - 1) / (ended - started))
+            hashes.add(_hash([core.poll(session).token_ids for session in sessions]))
+    finally:
+        for session in sessions:
+            core.close(session)
+    tokens = hashes.pop() if len(hashes) == 1 else "runs differ"
+    return Measurement(batch, statistics.median(prefill), statistics.median(decode), tokens)
+
+
+def decode_bytes(engine: Engine) -> int:
+    """Bytes of weights that one token reads: of the experts only those that it is routed to."""
+    config = engine.config
+    slots = _core.plan(config, engine.recipe, engine.dtype)
+    own_head = any(slot.fqn == "lm_head.weight" for slot in slots)
+    total = 0
+    for slot in slots:
+        if ".experts." in slot.fqn:
+            total += slot.bytes * config.num_experts_per_tok // config.num_experts
+        elif slot.fqn == "embed_tokens.weight" and own_head:
+            total += slot.bytes // config.vocab_size
+        else:
+            total += slot.bytes
+    return total
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    machine, lines = report["machine"], []
+    lines.append(
+        f"{machine['cpu']} | {machine['isa']} | {machine['threads']} of {machine['cores']} CPUs | "
+        f"{report['device']}"
+    )
+    lines.append(
+        f"{report['model']} | quantize {report['quantize']} | prompt {report['prompt_tokens']} | "
+        f"decode {report['decode_tokens']} | median of {report['repeat']}"
+    )
+    lines.append(
+        f"plain read {report['read_bandwidth'] / 1e9:.1f} GB/s | a token reads "
+        f"{report['weight_bytes_per_token'] / 1e6:.1f} MB of weights"
+    )
+    lines.append(f"{'batch':>5} {'prefill tok/s':>14} {'decode tok/s':>13}  tokens")
+    lines += [
+        f"{row['batch']:>5} {row['prefill_tokens_per_second']:>14.1f} "
+        f"{row['decode_tokens_per_second']:>13.1f}  {row['tokens_sha256'][:16]}"
+        for row in report["results"]
+    ]
+    if report["decode_bandwidth"] is not None:
+        lines.append(
+            f"decode at batch 1 reads weights at {report['decode_bandwidth'] / 1e9:.1f} GB/s, "
+            f"{report['share_of_read_bandwidth']:.0%} of the plain read"
+        )
+    return "\n".join(lines)
+
+
+def _report(
+    args: argparse.Namespace,
+    engine: Engine,
+    threads: int,
+    bandwidth: float,
+    measured: Sequence[Measurement],
+) -> dict[str, Any]:
+    each = decode_bytes(engine)
+    alone = [m.decode_tokens_per_second for m in measured if m.batch == 1]
+    reached = alone[0] * each if alone else None
+    return {
+        "machine": {
+            "cpu": cpu_model(),
+            "isa": _core.isa(),
+            "cores": os.cpu_count(),
+            "threads": threads,
+        },
+        "version": _core.__version__,
+        "model": str(args.config or args.model or args.preset or "small"),
+        "config_hash": engine.config.hash,
+        "device": ", ".join(engine.devices),
+        "quantize": args.quantize,
+        "prompt_tokens": args.prompt_tokens,
+        "decode_tokens": args.decode_tokens,
+        "repeat": args.repeat,
+        "read_bandwidth": bandwidth,
+        "weight_bytes_per_token": each,
+        "decode_bandwidth": reached,
+        "share_of_read_bandwidth": None if reached is None else reached / bandwidth,
+        "memory": engine.memory,
+        "results": [asdict(measurement) for measurement in measured],
+    }
+
+
+def _source(args: argparse.Namespace, scratch: Path) -> tuple[Path, bool]:
+    """(directory to open, whether its weights are to be random)."""
+    if args.model is not None:
+        return args.model, False
+    if args.config is not None:
+        try:
+            shutil.copyfile(args.config, scratch / "config.json")
+        except OSError as error:
+            raise InvalidArgument(f"{args.config}: {error}") from error
+    else:
+        (scratch / "config.json").write_text(json.dumps(PRESETS[args.preset or "small"]))
+    return scratch, True
+
+
+def _batches(text: str) -> list[int]:
+    batches = [int(part) for part in text.split(",")]
+    if min(batches) < 1:
+        raise ValueError
+    return batches
+
+
+def _hash(rows: Sequence[Sequence[int]]) -> str:
+    return hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
+
+
+def cpu_model() -> str:
+    """Name of the processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

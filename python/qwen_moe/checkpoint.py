@@ -1,0 +1,320 @@
+"""A local Hugging Face directory: its config, and where each tensor of the model lies.
+
+Opening one reads headers only. `loading.load` reads the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from qwen_moe import _core
+from qwen_moe.config import load_json, parse_config, text_config
+from qwen_moe.errors import FormatError, InvalidArgument
+
+logger = logging.getLogger("qwen_moe")
+
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PREFIXES = ("model.language_model.", "model.")
+_SKIPPED = ("visual.", "model.visual.", "mtp.", "model.mtp.")
+_EXPERT = re.compile(r"(layers\.\d+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a shard file."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # bfloat16, float16 or float32
+
+    def describe(self) -> str:
+        """Name, shape, dtype and file, for errors."""
+        return f"{self.name} {list(self.shape)} {self.dtype} in {self.file}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the bytes of one slot of the core come from.
+
+    `parts` has one row for each entry of the slot's leading dimension when experts are stored one
+    by one: (down,) or (gate, up), to be laid one after the other. Else it is the tensor alone.
+    """
+
+    parts: tuple[tuple[StoredTensor, ...], ...]
+    per_expert: bool
+
+    def tensors(self) -> Iterable[StoredTensor]:
+        """Every tensor of the source."""
+        return (tensor for row in self.parts for tensor in row)
+
+
+class Checkpoint:
+    """A checkpoint directory, opened.
+
+    Attributes:
+        path: The directory.
+        config: The model's dimensions.
+        dtype: Of the large matrices: bfloat16, float16 or float32.
+        dummy: Weights are to be random; no file is read.
+        tensors: By name without the prefix; empty for a dummy.
+    """
+
+    def __init__(self, path: str | Path, load_format: str = "auto") -> None:
+        """Read config.json and, unless `load_format` is "dummy", the header of every shard.
+
+        Raises:
+            InvalidArgument: Not a directory, or a model that this engine cannot run.
+            FormatError: A file is missing, truncated or corrupt.
+        """
+        if load_format not in LOAD_FORMATS:
+            raise InvalidArgument(
+                f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {load_format!r}"
+            )
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise InvalidArgument(
+                f"{self.path} is not a directory; a checkpoint is a directory with config.json"
+            )
+        file = self.path / "config.json"
+        raw = load_json(file)
+        self.config = parse_config(raw, str(file))
+        self.dummy = load_format == "dummy"
+        self.tensors: dict[str, StoredTensor] = {}
+        self._shards: list[Path] = []
+        self.dtype = _config_dtype(raw, file)
+        if not self.dummy:
+            self._read_headers()
+            embedding = self.tensors.get("embed_tokens.weight")
+            if embedding is not None and embedding.dtype in DTYPE_BYTES:
+                self.dtype = embedding.dtype
+
+    @property
+    def identity(self) -> str:
+        """Says which files these are: paths, sizes, modification times and the config.
+
+        Engines of one process share weights when it is equal.
+        """
+        if self.dummy:
+            return f"dummy-{self.config.hash}-{self.dtype}"
+        digest = hashlib.sha256(self.config.hash.encode())
+        for shard in self._shards:
+            status = shard.stat()
+            digest.update(f"\n{shard.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Says what the files hold, wherever they lie: headers and samples of every shard.
+
+        A saved session names it, so a copied or moved checkpoint still opens it.
+        """
+        if self.dummy:
+            return self.identity
+        digest = hashlib.sha256(self.config.hash.encode())
+        try:
+            for shard in self._shards:
+                _sample(shard, digest)
+        except OSError as error:
+            raise FormatError(f"the checkpoint cannot be read any more: {error}") from error
+        return digest.hexdigest()
+
+    def sources(self, slots: Iterable[_core.TensorSlot]) -> dict[str, Source]:
+        """Find every slot of the core among the tensors; check names, shapes and dtypes.
+
+        Raises:
+            FormatError: Tensors are missing, or one has another shape or dtype.
+        """
+        found: dict[str, Source] = {}
+        missing: list[str] = []
+        for slot in slots:
+            if slot.fqn in found:
+                continue
+            source = self._source(slot, missing)
+            if source is not None:
+                self._check(slot, source)
+                found[slot.fqn] = source
+        if missing:
+            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise FormatError(
+                f"{self._origin()}: {len(missing)} of the model's tensors are missing: {shown}"
+            )
+        self._report_unused(tensor.name for source in found.values() for tensor in source.tensors())
+        return found
+
+    def _origin(self) -> Path:
+        index = self.path / _INDEX
+        return index if index.is_file() else self.path / _SINGLE
+
+    def _read_headers(self) -> None:
+        index = self.path / _INDEX
+        if index.is_file():
+            placed = _weight_map(index)
+            self._shards = [self.path / name for name in sorted(set(placed.values()))]
+        elif (self.path / _SINGLE).is_file():
+            placed = {}
+            self._shards = [self.path / _SINGLE]
+        else:
+            raise FormatError(f"{self.path}: holds neither {_SINGLE} nor {_INDEX}")
+        headers = {shard.name: read_header(shard) for shard in self._shards}
+        if not placed:
+            placed = dict.fromkeys(headers[_SINGLE], _SINGLE)
+        for name, shard_name in placed.items():
+            if name not in headers[shard_name]:
+                raise FormatError(
+                    f"{self.path / shard_name}: holds no tensor {name}, which {_INDEX} places there"
+                )
+            shape, dtype = headers[shard_name][name]
+            fqn = _strip(name)
+            if fqn in self.tensors:
+                raise FormatError(
+                    f"{self.path / shard_name}: {name} and {self.tensors[fqn].name} are the same"
+                )
+            self.tensors[fqn] = StoredTensor(name, self.path / shard_name, shape, dtype)
+
+    def _source(self, slot: _core.TensorSlot, missing: list[str]) -> Source | None:
+        """The tensors of one slot; names that are not there go to `missing`."""
+        name = slot.fqn
+        if name == "lm_head.weight" and self.config.tie_word_embeddings:
+            name = "embed_tokens.weight"
+        if name in self.tensors:
+            return Source(((self.tensors[name],),), per_expert=False)
+        experts, _, kind = name.rpartition(".")
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind)
+        if parts is None or not experts.endswith(".experts"):
+            missing.append(name)
+            return None
+        if not any(f"{experts}.{index}.{parts[0]}.weight" in self.tensors for index in (0, 1)):
+            missing.append(name)
+            return None
+        rows = []
+        for index in range(slot.shape[0]):
+            names = [f"{experts}.{index}.{part}.weight" for part in parts]
+            missing.extend(name for name in names if name not in self.tensors)
+            rows.append(tuple(self.tensors[name] for name in names if name in self.tensors))
+        complete = all(len(row) == len(parts) for row in rows)
+        return Source(tuple(rows), per_expert=True) if complete else None
+
+    def _check(self, slot: _core.TensorSlot, source: Source) -> None:
+        shape = tuple(slot.shape)
+        if source.per_expert:
+            each = len(source.parts[0])
+            shape = (shape[1] // each, *shape[2:])
+        large = len(slot.shape) > 1 and not _is_small(slot.fqn)
+        for tensor in source.tensors():
+            if tensor.shape != shape:
+                raise FormatError(f"{tensor.describe()}: the config needs shape {list(shape)}")
+            if tensor.dtype not in DTYPE_BYTES:
+                raise FormatError(
+                    f"{tensor.describe()}: the dtype must be one of {', '.join(DTYPE_BYTES)}"
+                )
+            if large and tensor.dtype != self.dtype:
+                raise FormatError(
+                    f"{tensor.describe()}: the embedding is {self.dtype}; large matrices of one "
+                    "checkpoint must share a dtype"
+                )
+
+    def _report_unused(self, used: Iterable[str]) -> None:
+        known = set(used)
+        rest = [tensor.name for tensor in self.tensors.values() if tensor.name not in known]
+        skipped = [name for name in rest if name.startswith(_SKIPPED)]
+        if skipped:
+            vision = sum("visual." in name for name in skipped)
+            logger.info(
+                "%s: skipped %d vision and %d mtp tensors", self.path, vision, len(skipped) - vision
+            )
+        unknown = [name for name in rest if not name.startswith(_SKIPPED)]
+        for name in unknown:
+            expert = _EXPERT.fullmatch(_strip(name))
+            if expert and int(expert[2]) >= self.config.num_experts:
+                raise FormatError(
+                    f"{self.tensors[_strip(name)].describe()}: the config has "
+                    f"{self.config.num_experts} experts in a layer"
+                )
+        if unknown:
+            shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+            logger.warning("%s: ignored %d unknown tensors: %s", self.path, len(unknown), shown)
+
+
+def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor of a safetensors file.
+
+    Raises:
+        FormatError: The file is missing, truncated or corrupt.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = {}
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                part = opened.get_slice(name)
+                dtype = part.get_dtype()
+                header[name] = (tuple(part.get_shape()), DTYPES.get(dtype, dtype))
+            return header
+    except FileNotFoundError:
+        raise FormatError(f"{file}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{file}: {error}") from error
+
+
+def _strip(name: str) -> str:
+    if name.startswith(_SKIPPED):
+        return name
+    for prefix in _PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def _is_small(fqn: str) -> bool:
+    """Matrices that recipes keep exact, and the taps of the convolution: any dtype will do."""
+    return fqn.endswith(
+        ("in_proj_a.weight", "in_proj_b.weight", "conv1d.weight", "mlp.gate.weight", "_gate.weight")
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    placed = load_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise FormatError(f"{index}: weight_map must name the file of every tensor")
+    for name, shard in placed.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise FormatError(f"{index}: {name} is placed in {shard!r}, which is no file name")
+    return placed
+
+
+def _config_dtype(raw: dict[str, Any], file: Path) -> str:
+    """The dtype that config.json states; bfloat16 when it states none."""
+    text = text_config(raw)
+    stated = text.get("dtype") or text.get("torch_dtype") or raw.get("dtype")
+    dtype = stated or raw.get("torch_dtype") or "bfloat16"
+    if dtype not in DTYPE_BYTES:
+        raise InvalidArgument(
+            f"{file}: dtype is {dtype!r}; this engine runs {', '.join(DTYPE_BYTES)}"
+        )
+    return str(dtype)
+
+
+def _sample(file: Path, digest: hashlib._Hash, pieces: int = 64, piece_bytes: int = 4096) -> None:
+    """Hash the size, the header and evenly spaced pieces of a file."""
+    size = file.stat().st_size
+    digest.update(f"\n{size}".encode())
+    with file.open("rb") as opened:
+        header_bytes = 8 + int.from_bytes(opened.read(8), "little")
+        opened.seek(0)
+        digest.update(opened.read(header_bytes))
+        for index in range(pieces):
+            opened.seek(header_bytes + (size - header_bytes) * index // pieces)
+            digest.update(opened.read(piece_bytes))
