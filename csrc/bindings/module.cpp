@@ -3,15 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <csignal>
 #include <string>
-#include <thread>
 
-#include "cpu/kernels.h"
-#include "cpu/memory.h"
 #include "engine/engine.h"
 
 namespace py = pybind11;
@@ -265,7 +260,7 @@ void register_model(py::module_& m) {
                                                     checkpoint, std::move(homes), split),
                             devices, threads, parsed};
            }),
-           py::kw_only(), "config"_a, "recipe"_a, "dtype"_a, "checkpoint"_a, "devices"_a, "split"_a,
+           "config"_a, py::kw_only(), "recipe"_a, "dtype"_a, "checkpoint"_a, "devices"_a, "split"_a,
            "threads"_a, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("config", [](const PyModel& self) { return self.model->config(); })
       .def_property_readonly(
@@ -372,8 +367,8 @@ void register_engine(py::module_& m) {
                 {"sessions_open", s.sessions_open},     {"sessions_opened", s.sessions_opened},
                 {"prefill_tokens", s.prefill_tokens},   {"prefill_steps", s.prefill_steps},
                 {"decode_tokens", s.decode_tokens},     {"decode_steps", s.decode_steps},
-                {"max_decode_rows", s.max_decode_rows}, {"pages_used", s.pages_used},
-                {"pages_total", s.pages_total}};
+                {"max_decode_rows", s.max_decode_rows}, {"slots_used", s.slots_used},
+                {"pages_used", s.pages_used},           {"pages_total", s.pages_total}};
           })
       .def("open", &Engine::open, nogil)
       .def("close", &Engine::close, "session"_a, nogil)
@@ -480,36 +475,22 @@ void register_engine(py::module_& m) {
           "session"_a, "buffers"_a);
 }
 
-double read_bandwidth(int threads, int megabytes, double seconds) {
-  size_t each = (static_cast<size_t>(megabytes) << 20) / static_cast<size_t>(threads) / 4096 * 4096;
-  cpu::HostBuffer<std::byte> memory(each * static_cast<size_t>(threads));
-  std::fill_n(memory.data(), memory.size(), std::byte{1});
-  std::atomic<uint64_t> sink{0};
-  double best = 0, spent = 0;
-  while (spent < seconds) {
-    auto begin = std::chrono::steady_clock::now();
-    std::vector<std::thread> readers;
-    for (int i = 0; i < threads; ++i)
-      readers.emplace_back([&, i] {
-        sink += cpu::kernels().read_bytes(memory.data() + static_cast<size_t>(i) * each, each);
-      });
-    for (std::thread& reader : readers) reader.join();
-    double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    best = std::max(best, static_cast<double>(memory.size()) / took);
-    spent += took;
-  }
-  return best;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
   m.attr("__version__") = QWEN_MOE_VERSION;
   register_errors(m);
   m.def("cuda_available", &cuda_available);
-  m.def("isa", [] { return std::string(cpu::kernels().name); });
-  m.def("read_bandwidth", &read_bandwidth, "threads"_a, "megabytes"_a = 512, "seconds"_a = 0.3,
-        py::call_guard<py::gil_scoped_release>());
+  m.def("isa", &cpu_isa);
+  m.def(
+      "read_bandwidth",
+      [](int threads, int megabytes, double seconds) {
+        require(threads > 0 && megabytes > 0, "threads and megabytes must be positive, got ",
+                threads, " and ", megabytes);
+        return cpu_read_bandwidth(threads, static_cast<size_t>(megabytes) << 20, seconds);
+      },
+      "threads"_a, "megabytes"_a = 512, "seconds"_a = 0.3,
+      py::call_guard<py::gil_scoped_release>());
   register_config(m);
   register_model(m);
   register_engine(m);

@@ -78,6 +78,9 @@ struct BackendOptions {
 
 std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);
 std::shared_ptr<WeightHome> make_cpu_weight_home(int threads);
+std::string cpu_isa();  // the kernels in use: portable, avx2 or avx512
+// Bytes per second of a plain read of `bytes` by `threads` threads, the best within `seconds`.
+double cpu_read_bandwidth(int threads, size_t bytes, double seconds);
 
 // Linked from cuda/, or from cuda/absent.cpp, which answers false and throws Device.
 bool cuda_available();

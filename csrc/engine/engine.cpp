@@ -71,6 +71,7 @@ EngineStats Engine::stats() const {
   std::lock_guard lock(mutex_);
   EngineStats stats = stats_;
   stats.sessions_open = static_cast<int64_t>(records_.size());
+  stats.slots_used = manager_->slots().used();
   stats.pages_used = manager_->pages().used();
   stats.pages_total = manager_->pages().capacity();
   return stats;

@@ -56,7 +56,7 @@ struct EngineOptions {
 struct EngineStats {
   int64_t prefill_tokens = 0, prefill_steps = 0, decode_tokens = 0, decode_steps = 0;
   int64_t max_decode_rows = 0, sessions_opened = 0, sessions_open = 0;
-  int64_t pages_used = 0, pages_total = 0;
+  int64_t slots_used = 0, pages_used = 0, pages_total = 0;
 };
 
 class Engine {

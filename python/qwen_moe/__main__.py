@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_moe import bench, chat, info
-from qwen_moe.engine import Engine
+from qwen_moe.engine import EMBEDDED, Engine
 from qwen_moe.errors import Error, InvalidArgument
-from qwen_moe.sampling import SamplingParams
+from qwen_moe.sampling import SamplingParams, recommended
 from qwen_moe.session import Session
 
 DEFAULT_PROMPT = "Once upon a time"
@@ -114,13 +114,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     """Options that say how tokens are drawn."""
-    group = parser.add_argument_group("sampling")
+    group = parser.add_argument_group(
+        "sampling", "What is left out is as the checkpoint's generation_config.json recommends."
+    )
     group.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N")
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
-    group.add_argument("--top-k", type=int, default=0, metavar="K")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    group.add_argument("--temperature", type=float, metavar="T", help="0: greedy")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--repetition-penalty", type=float, metavar="X")
     group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
     group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
     group.add_argument("--seed", type=int, metavar="N", help="default: a fresh one")
@@ -142,13 +144,15 @@ def open_engine(args: argparse.Namespace) -> Engine:
 
 
 def sampling_of(args: argparse.Namespace) -> SamplingParams:
-    """The sampling settings that the options ask for."""
+    """The sampling settings that the options ask for, over what the checkpoint recommends."""
+    settings = recommended(args.model or EMBEDDED)
+    if args.temperature == 0:  # greedy: the recommended cuts mean nothing then
+        settings = {key: settings[key] for key in settings if key == "repetition_penalty"}
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
     return SamplingParams(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
+        **settings,
         presence_penalty=args.presence_penalty,
         frequency_penalty=args.frequency_penalty,
         seed=args.seed,

@@ -125,11 +125,11 @@ def session_bytes(config: ModelConfig, kv_dtype: str) -> tuple[int, int]:
 
 @final
 class Model:
-    """The weights: one copy per tensor in the process, shared by every engine that asks for the same.
+    """The weights: one copy of a tensor in the process, shared by whoever asks for the same.
 
     `checkpoint` identifies the source (path, size, mtime or a hash); `dtype` is the checkpoint's
-    ("bfloat16", "float16", "float32"); `devices` and `split` place contiguous spans of layers: split
-    holds the first layer of every device but the first.
+    ("bfloat16", "float16", "float32"); `devices` and `split` place contiguous spans of layers:
+    split holds the first layer of every device but the first.
     """
 
     def __init__(
@@ -152,8 +152,8 @@ class Model:
     @property
     def bytes(self) -> int: ...
     def put(self, fqn: str, data: Buffer, dtype: str, first: int = 0) -> None:
-        """Packs rows of one tensor. `data` is contiguous, of `dtype`, and holds whole entries of the
-        leading dimension starting at `first` (for experts: expert `first`, first + 1, ...)."""
+        """Packs rows of one tensor. `data` is contiguous, of `dtype`, and holds whole entries of
+        the leading dimension starting at `first` (for experts: expert `first`, first + 1, ...)."""
     def fill_random(self, fqn: str, seed: int) -> None: ...
     def finish(self) -> None:
         """Every tensor is complete, or FormatError naming the first that is not."""
@@ -193,7 +193,7 @@ class Progress:
         """No request is running any more."""
     @property
     def finish_reason(self) -> str:
-        """"" while running, else stop, length, stopped, or error."""
+        """ "" while running, else stop, length, stopped, or error."""
     @property
     def error(self) -> str: ...
 
@@ -252,8 +252,9 @@ class Engine:
         session as it was: unknown ids, a prompt over max_context, a running request, poison."""
     def run(self, sessions: Sequence[int], *, tokens: int = 0, any: bool = False) -> None:
         """Steps the engine until all of `sessions` (or with `any`, one of them) have no request
-        running, or hold at least `tokens` (> 0) tokens not yet polled. Steps serve every session with work. Raises
-        KeyboardInterrupt within one step of Ctrl-C; requests then stay where they are."""
+        running, or hold at least `tokens` (> 0) tokens not yet polled. Steps serve every session
+        with work. Raises KeyboardInterrupt within one step of Ctrl-C; requests then stay where
+        they are."""
     def poll(self, session: int) -> Progress: ...
     def position(self, session: int) -> int:
         """Tokens in the timeline: where the next one goes."""
@@ -261,9 +262,11 @@ class Engine:
     def poisoned(self, session: int) -> str:
         """The error that poisoned the session until reset, or ""."""
     def logits(self, session: int, out: Buffer) -> None:
-        """Writes float32 [vocab_size] of the last position computed. InvalidArgument when none is."""
+        """Writes float32 [vocab_size] of the last position computed, or InvalidArgument."""
     def export_state(self, session: int) -> list[tuple[str, str, list[int], bytearray]]:
-        """(fqn, dtype, shape, bytes) of every mutable buffer, per-token ones cut to what is computed,
-        and the timeline itself as `tokens` (int32)."""
-    def import_state(self, session: int, buffers: Sequence[tuple[str, str, Sequence[int], Buffer]]) -> None:
+        """(fqn, dtype, shape, bytes) of every mutable buffer, per-token ones cut to what is
+        computed, and the timeline itself as `tokens` and `marks` (int32)."""
+    def import_state(
+        self, session: int, buffers: Sequence[tuple[str, str, Sequence[int], Buffer]]
+    ) -> None:
         """Into a freshly opened session. FormatError names the buffer that does not fit."""

@@ -6,9 +6,12 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from qwen_moe import _core
-from qwen_moe.errors import InvalidArgument
+from qwen_moe.config import load_json
+from qwen_moe.errors import FormatError, InvalidArgument
 
 MAX_LOGPROBS = 20
 
@@ -17,9 +20,9 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """How the tokens of one request are drawn, and when it ends.
 
-    The defaults are greedy; a checkpoint's generation_config.json is not consulted. The draw at a
-    position depends on the seed, the position and the logits alone, so the same seed gives the same
-    tokens whatever else the engine runs.
+    The defaults are greedy; `SamplingParams(**recommended(path))` takes what a checkpoint's
+    generation_config.json asks for. The draw at a position depends on the seed, the position and
+    the logits alone, so the same seed gives the same tokens whatever else the engine runs.
 
     Attributes:
         temperature: 0 takes the likeliest token (greedy); above 0 divides the logits.
@@ -113,6 +116,25 @@ class SamplingParams:
             seed=seed,
             logprobs=-1 if self.logprobs is None else self.logprobs,
         )
+
+
+def recommended(path: str | Path) -> dict[str, Any]:
+    """Settings of SamplingParams that a checkpoint recommends; {} when it recommends none.
+
+    Raises:
+        FormatError: generation_config.json is broken, or a setting in it is out of range.
+    """
+    file = Path(path) / "generation_config.json"
+    raw = load_json(file) if file.is_file() else {}
+    names = ["repetition_penalty"]
+    if raw.get("do_sample"):
+        names += ["temperature", "top_k", "top_p", "min_p"]
+    settings = {name: raw[name] for name in names if raw.get(name) is not None}
+    try:
+        SamplingParams(**settings)
+    except InvalidArgument as error:
+        raise FormatError(f"{file}: {error}") from error
+    return settings
 
 
 def _number(name: str, value: object, valid: Callable[[float], bool], allowed: str) -> None:
