@@ -1,0 +1,40 @@
+"""Shared by every test: no network, and one engine on the embedded checkpoint per recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Reference models are small, and threads of torch and of the engine would only wait for each other.
+torch.set_num_threads(1)
+
+# Reproducible by default; `pytest --hypothesis-profile search` looks for new examples.
+settings.register_profile(
+    "default",
+    derandomize=True,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile(
+    "search", parent=settings.get_profile("default"), derandomize=False, max_examples=1000
+)
+settings.load_profile("default")
+
+RECIPES = [None, "int8", "int4", "int4-all"]
+
+
+@pytest.fixture(scope="session", params=RECIPES, ids=str)
+def recipe_engine(request: pytest.FixtureRequest) -> Iterator[object]:
+    """The embedded checkpoint under each recipe."""
+    import qwen_moe
+
+    with qwen_moe.Engine(
+        quantize=request.param, device="cpu", max_sessions=8, max_context=512
+    ) as engine:
+        yield engine
