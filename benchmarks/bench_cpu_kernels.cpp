@@ -86,13 +86,12 @@ void gemm(State& state, const Shape& shape) {
   const auto pool = ThreadPool::shared(static_cast<int>(state.range(1)));
   const WeightSpec spec{shape.format, shape.n, shape.k, 1, shape.group, shape.has_zero};
   const Buffer weight(spec.matrix_bytes());
-  share(*pool, spec.tiles(), [&](int begin, int end) {
-    fill_random(weight.data(), spec, 1, 0.05f, begin, end);
-  });
+  share(*pool, spec.tiles(),
+        [&](int begin, int end) { fill_random(weight.data(), spec, 1, 0.05f, begin, end); });
   const std::vector<float> x(static_cast<size_t>(rows) * static_cast<size_t>(shape.k), 0.5f);
   std::vector<int16_t> q(x.size());
-  std::vector<float> scale(x.size() / 32), out(static_cast<size_t>(rows) *
-                                               static_cast<size_t>(shape.n));
+  std::vector<float> scale(x.size() / 32),
+      out(static_cast<size_t>(rows) * static_cast<size_t>(shape.n));
   std::vector<int32_t> sum(scale.size());
   if (shape.group > 0)
     kernels().quantize_rows(q.data(), scale.data(), sum.data(), x.data(), rows, shape.k,
@@ -128,7 +127,7 @@ void read(State& state) {
 
 using Product = decltype(Kernels::matmul);
 
-void product(State& state, Product Kernels::*which) {
+void product(State& state, Product Kernels::* which) {
   const int m = static_cast<int>(state.range(0)), n = static_cast<int>(state.range(1));
   const int k = static_cast<int>(state.range(2));
   const size_t size = static_cast<size_t>(m + n) * static_cast<size_t>(k + 1);
@@ -192,8 +191,8 @@ void pack(State& state, WeightFormat format) {
     pack_tiles(out.data(), spec, source.data(), DType::bf16, 0, spec.tiles());
     benchmark::ClobberMemory();
   }
-  state.counters["Mweights/s"] = Counter(
-      static_cast<double>(state.iterations()) * 256 * 2048 * 1e-6, Counter::kIsRate);
+  state.counters["Mweights/s"] =
+      Counter(static_cast<double>(state.iterations()) * 256 * 2048 * 1e-6, Counter::kIsRate);
 }
 
 void register_all() {
@@ -207,16 +206,22 @@ void register_all() {
       for (int threads : {1, 2}) {
         if (!large && threads > 1) continue;
         benchmark::RegisterBenchmark(concat("gemm/", name).c_str(), gemm, shape)
-            ->ArgNames({"rows", "threads"})->Args({rows, threads})->UseRealTime();
+            ->ArgNames({"rows", "threads"})
+            ->Args({rows, threads})
+            ->UseRealTime();
       }
     }
   }
   const std::pair<const char*, Product Kernels::*> products[] = {
-      {"matmul", &Kernels::matmul}, {"matmul_bt", &Kernels::matmul_bt},
+      {"matmul", &Kernels::matmul},
+      {"matmul_bt", &Kernels::matmul_bt},
       {"matmul_at", &Kernels::matmul_at}};
   for (const auto& [name, which] : products)
     benchmark::RegisterBenchmark(name, product, which)
-        ->Args({1, 128, 128})->Args({8, 64, 256})->Args({64, 64, 128})->Args({64, 128, 128})
+        ->Args({1, 128, 128})
+        ->Args({8, 64, 256})
+        ->Args({64, 64, 128})
+        ->Args({64, 128, 128})
         ->Args({64, 128, 64});
   benchmark::RegisterBenchmark("gated_delta_step", delta_step)->Arg(1)->Arg(32)->Arg(2048);
   for (const char* name : {"quantize_rows", "rms_norm", "silu_mul", "dot", "exp_sum"})

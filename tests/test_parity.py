@@ -236,10 +236,10 @@ def test_the_embedded_checkpoint_gives_the_reference_logits(tiny_reference) -> N
     assert oracle.relative_error(got, want.numpy()) <= TOLERANCE
 
 
-# Bounds are about twice what was measured.
+# About twice the divergence that was measured.
 @pytest.mark.parametrize(
     ("quantize", "most_kl", "least_same"),
-    [(None, 0.001, 0.98), ("int8", 0.005, 0.95), ("int4", 0.1, 0.80), ("int4-all", 0.15, 0.80)],
+    [(None, 1e-4, 0.98), ("int8", 0.001, 0.97), ("int4", 0.05, 0.80), ("int4-all", 0.06, 0.80)],
 )
 def test_a_recipe_stays_close_to_the_reference(
     tiny_reference, quantize: str | None, most_kl: float, least_same: float

@@ -34,7 +34,7 @@ CpuOps::CpuOps(const ModelConfig& config, ThreadPool& pool, int rows, int max_co
   beta_ = HostBuffer<float>(r * static_cast<size_t>(c_.linear_num_value_heads));
   auto dk = static_cast<size_t>(c_.linear_key_head_dim),
        dv = static_cast<size_t>(c_.linear_value_head_dim);
-  delta_work_size_ = kPageTokens * (3 * kPageTokens + dk + 2 * dv + 3);
+  delta_work_size_ = kPageTokens * (3 * kPageTokens + dk + 2 * dv + 2);
   delta_work_ = HostBuffer<float>(workers * delta_work_size_);
 
   query_ = HostBuffer<float>(r * static_cast<size_t>(c_.attention_dim()));

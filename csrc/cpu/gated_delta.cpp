@@ -15,6 +15,7 @@ namespace qwen_moe::cpu {
 namespace {
 
 constexpr int kChunk = kPageTokens;
+constexpr int kBlock = 16;  // rows of a chunk's triangular products
 constexpr float kL2Eps = 1e-6f;
 
 float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
@@ -91,20 +92,18 @@ void CpuOps::delta_chunk(const GatedDeltaArgs<float>& args, int head, int begin,
       qkv_.data() + static_cast<int64_t>(begin) * channels + 2 * c_.key_dim() + head * dv;
   float* state = args.recurrent_state.at(args.rows.slot[0]) + static_cast<int64_t>(head) * dk * dv;
 
-  float* decay = work;                 // [n, 64] e^(G_i - G_j), j <= i
-  float* a = decay + kChunk * kChunk;  // [n, 64] -A, then P
-  float* p = a + kChunk * kChunk;      // [n, 64]
-  float* key = p + kChunk * kChunk;    // [n, dk] decayed keys
-  float* u = key + kChunk * dk;        // [n, dv]
-  float* o = u + kChunk * dv;          // [n, dv]
-  float* sums = o + kChunk * dv;       // [n] G, then [n] -G
-  float* negative = sums + kChunk;
+  float* decay = work;                    // [n, 64] e^(G_i - G_j), j <= i
+  float* a = decay + kChunk * kChunk;     // [n, 64] -A
+  float* p = a + kChunk * kChunk;         // [n, 64]
+  float* key = p + kChunk * kChunk;       // [n, dk] decayed keys
+  float* u = key + kChunk * dk;           // [n, dv]
+  float* o = u + kChunk * dv;             // [n, dv]
+  float* negative = o + kChunk * dv;      // [n] -G
   float* from_start = negative + kChunk;  // [n] e^G
 
   float sum = 0;
   for (int i = 0; i < tokens; ++i) {
     sum += log_decay_[static_cast<size_t>((begin + i) * heads + head)];
-    sums[i] = sum;
     negative[i] = -sum;
     from_start[i] = std::exp(sum);
   }
@@ -113,8 +112,16 @@ void CpuOps::delta_chunk(const GatedDeltaArgs<float>& args, int head, int begin,
     k_.exp_sum(decay + i * kChunk, negative[i], i + 1);
   }
 
-  k_.matmul_bt(a, k, k, tokens, tokens, dk, kChunk, channels, channels, false);
-  k_.matmul_bt(p, q, k, tokens, tokens, dk, kChunk, channels, channels, false);
+  // Both products are needed on and below the diagonal only: by blocks of 16 rows, as far as that.
+  for (int block = 0; block < tokens; block += kBlock) {
+    int end = std::min(block + kBlock, tokens);
+    const float* q_rows = q + static_cast<int64_t>(block) * channels;
+    const float* k_rows = k + static_cast<int64_t>(block) * channels;
+    k_.matmul_bt(a + block * kChunk, k_rows, k, end - block, end, dk, kChunk, channels, channels,
+                 false);
+    k_.matmul_bt(p + block * kChunk, q_rows, k, end - block, end, dk, kChunk, channels, channels,
+                 false);
+  }
   k_.matmul(u, k, state, tokens, dv, dk, dv, channels, dv, false);
   k_.matmul(o, q, state, tokens, dv, dk, dv, channels, dv, false);
   for (int i = 0; i < tokens; ++i) {
@@ -122,23 +129,22 @@ void CpuOps::delta_chunk(const GatedDeltaArgs<float>& args, int head, int begin,
     const float* d = decay + i * kChunk;
     for (int j = 0; j < i; ++j) a[i * kChunk + j] *= -beta * d[j];
     for (int j = 0; j <= i; ++j) p[i * kChunk + j] *= d[j];
-    std::fill(p + i * kChunk + i + 1, p + i * kChunk + tokens, 0.0f);
+    std::fill(p + i * kChunk + i + 1, p + (i / kBlock + 1) * kBlock + i * kChunk, 0.0f);
     const float* value = v + static_cast<int64_t>(i) * channels;
     float* row = u + i * dv;
     for (int c = 0; c < dv; ++c) row[c] = beta * (value[c] - from_start[i] * row[c]);
     k_.scale(o + i * dv, from_start[i], dv);
   }
-  // Forward substitution in blocks of 16: what lies before the block as a product, the rest by
-  // rows.
-  for (int block = 0; block < tokens; block += 16) {
-    int end = std::min(block + 16, tokens);
+  // Forward substitution by blocks: what lies before the block as a product, the rest by rows.
+  for (int block = 0; block < tokens; block += kBlock) {
+    int end = std::min(block + kBlock, tokens);
     if (block)
       k_.matmul(u + block * dv, a + block * kChunk, u, end - block, dv, block, dv, kChunk, dv,
                 true);
     for (int i = block + 1; i < end; ++i)
       for (int j = block; j < i; ++j) k_.axpy(u + i * dv, a[i * kChunk + j], u + j * dv, dv);
+    k_.matmul(o + block * dv, p + block * kChunk, u, end - block, dv, end, dv, kChunk, dv, true);
   }
-  k_.matmul(o, p, u, tokens, dv, tokens, dv, kChunk, dv, true);
 
   for (int i = 0; i < tokens; ++i) {
     std::copy_n(k + static_cast<int64_t>(i) * channels, dk, key + i * dk);
@@ -161,8 +167,8 @@ void CpuOps::gated_delta_prefill(const GatedDeltaArgs<float>& args) {
     for (int j = 0; j < kernel; ++j) taps[j] = input(row - (kernel - 1) + j);
     conv_and_norm(args, row, taps);
   });
-  for (int j = 0; j + 1 < kernel;
-       ++j) {  // upwards, so a short step shifts before it is overwritten
+  // Upwards, so that a short step reads what it shifts before that is overwritten.
+  for (int j = 0; j + 1 < kernel; ++j) {
     const float* from = input(rows - (kernel - 1) + j);
     std::copy_n(from, channels, state + j * channels);
   }

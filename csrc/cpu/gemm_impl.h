@@ -156,8 +156,7 @@ void quant_tile(const Rows& rows, const QuantTile& tile, int lanes) {
         if constexpr (kFormat == WeightFormat::int4 && !kZero)
           total = isub(total, iset1(8 * x_sum));
         F part = mul(to_float(total), w_scale[v]);
-        if constexpr (kZero)
-          part = sub(part, mul(offset[v], set1(static_cast<float>(x_sum))));
+        if constexpr (kZero) part = sub(part, mul(offset[v], set1(static_cast<float>(x_sum))));
         acc[r][v] = fma(part, x_scale, acc[r][v]);
       }
     }

@@ -9,12 +9,12 @@ namespace {
 
 using F = __m256;
 using I = __m256i;
-constexpr int kW = 8;            // floats in a vector
-constexpr int kDenseRows = 3;    // rows that share one read of a dense tile
-constexpr int kQuantRows = 4;    // rows that share one expansion of a quantized tile
-constexpr int kMmRows = 6, kMmVecs = 2;   // register block of matmul
-constexpr int kDotRows = 2;               // by 4 columns, register block of matmul_bt
-constexpr int kStateVecs = 4;             // columns of a recurrent state held at once
+constexpr int kW = 8;                    // floats in a vector
+constexpr int kDenseRows = 3;            // rows that share one read of a dense tile
+constexpr int kQuantRows = 4;            // rows that share one expansion of a quantized tile
+constexpr int kMmRows = 6, kMmVecs = 2;  // register block of matmul
+constexpr int kDotRows = 2;              // by 4 columns, register block of matmul_bt
+constexpr int kStateVecs = 4;            // columns of a recurrent state held at once
 constexpr std::string_view kName = "avx2";
 
 alignas(32) constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};

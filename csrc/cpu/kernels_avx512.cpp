@@ -14,12 +14,12 @@ namespace {
 
 using F = __m512;
 using I = __m512i;
-constexpr int kW = 16;           // floats in a vector
-constexpr int kDenseRows = 8;    // rows that share one read of a dense tile
-constexpr int kQuantRows = 8;    // rows that share one expansion of a quantized tile
-constexpr int kMmRows = 6, kMmVecs = 4;   // register block of matmul
-constexpr int kDotRows = 4;               // by 4 columns, register block of matmul_bt
-constexpr int kStateVecs = 8;             // columns of a recurrent state held at once
+constexpr int kW = 16;                   // floats in a vector
+constexpr int kDenseRows = 8;            // rows that share one read of a dense tile
+constexpr int kQuantRows = 8;            // rows that share one expansion of a quantized tile
+constexpr int kMmRows = 6, kMmVecs = 4;  // register block of matmul
+constexpr int kDotRows = 4;              // by 4 columns, register block of matmul_bt
+constexpr int kStateVecs = 8;            // columns of a recurrent state held at once
 constexpr std::string_view kName = "avx512";
 
 inline __mmask16 lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }

@@ -17,12 +17,12 @@ typedef uint16_t U8 __attribute__((vector_size(16)));
 typedef uint16_t U4 __attribute__((vector_size(8)));
 typedef int16_t S4 __attribute__((vector_size(8)));
 typedef uint64_t L __attribute__((vector_size(16)));
-constexpr int kW = 4;            // floats in a vector
-constexpr int kDenseRows = 1;    // rows that share one read of a dense tile
-constexpr int kQuantRows = 2;    // rows that share one expansion of a quantized tile
-constexpr int kMmRows = 4, kMmVecs = 2;   // register block of matmul
-constexpr int kDotRows = 2;               // by 4 columns, register block of matmul_bt
-constexpr int kStateVecs = 4;             // columns of a recurrent state held at once
+constexpr int kW = 4;                    // floats in a vector
+constexpr int kDenseRows = 1;            // rows that share one read of a dense tile
+constexpr int kQuantRows = 2;            // rows that share one expansion of a quantized tile
+constexpr int kMmRows = 4, kMmVecs = 2;  // register block of matmul
+constexpr int kDotRows = 2;              // by 4 columns, register block of matmul_bt
+constexpr int kStateVecs = 4;            // columns of a recurrent state held at once
 constexpr std::string_view kName = "portable";
 
 template <class T>
@@ -53,9 +53,9 @@ inline F add(F a, F b) { return a + b; }
 inline F sub(F a, F b) { return a - b; }
 inline F mul(F a, F b) { return a * b; }
 inline F div(F a, F b) { return a / b; }
-inline F fma(F a, F b, F c) { return a * b + c; }         // rounded twice
-inline F min(F a, F b) { return a < b ? a : b; }          // b when either is NaN
-inline F max(F a, F b) { return a > b ? a : b; }          // b when either is NaN
+inline F fma(F a, F b, F c) { return a * b + c; }  // rounded twice
+inline F min(F a, F b) { return a < b ? a : b; }   // b when either is NaN
+inline F max(F a, F b) { return a > b ? a : b; }   // b when either is NaN
 inline F negate_abs(F a) { return reinterpret_cast<F>(reinterpret_cast<U>(a) | 0x80000000u); }
 inline F select_negative(F x, F if_negative, F otherwise) {
   return reinterpret_cast<I>(x) < 0 ? if_negative : otherwise;

@@ -25,10 +25,10 @@ inline float sum_lanes(F v) {
 inline Quad sum_lanes4(F a, F b, F c, F d) {
   const Quad qa = static_cast<Quad>(fold(a)), qb = static_cast<Quad>(fold(b));
   const Quad qc = static_cast<Quad>(fold(c)), qd = static_cast<Quad>(fold(d));
-  const Quad ab = __builtin_shufflevector(qa, qb, 0, 4, 1, 5) +
-                  __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
-  const Quad cd = __builtin_shufflevector(qc, qd, 0, 4, 1, 5) +
-                  __builtin_shufflevector(qc, qd, 2, 6, 3, 7);
+  const Quad ab =
+      __builtin_shufflevector(qa, qb, 0, 4, 1, 5) + __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
+  const Quad cd =
+      __builtin_shufflevector(qc, qd, 0, 4, 1, 5) + __builtin_shufflevector(qc, qd, 2, 6, 3, 7);
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
@@ -68,9 +68,8 @@ void axpy(float* y, float a, const float* x, int n) {
 
 void scale(float* y, float a, int n) {
   const F factor = set1(a);
-  for_vectors(n, [&](int i, int lanes) {
-    store_some(y + i, mul(factor, load_some(y + i, lanes)), lanes);
-  });
+  for_vectors(
+      n, [&](int i, int lanes) { store_some(y + i, mul(factor, load_some(y + i, lanes)), lanes); });
 }
 
 void add_to(float* y, const float* x, int n) {

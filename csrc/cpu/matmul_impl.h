@@ -71,8 +71,7 @@ void product_strip(const Product& p, int m, int64_t col, int lanes) {
 
 void product(const Product& p, int m, int n) {
   int col = 0;
-  for (; col + kMmVecs * kW <= n; col += kMmVecs * kW)
-    product_strip<kMmVecs, false>(p, m, col, kW);
+  for (; col + kMmVecs * kW <= n; col += kMmVecs * kW) product_strip<kMmVecs, false>(p, m, col, kW);
   if constexpr (kMmVecs > 2) {
     for (; col + 2 * kW <= n; col += 2 * kW) product_strip<2, false>(p, m, col, kW);
   }

@@ -178,8 +178,7 @@ void put_codes(std::byte* out, const float* codes, int group, WeightFormat forma
           const auto nibble = [&](int j) {
             return static_cast<int>(c[2 * j * kTile + o] + 8.0f) << (4 * j);
           };
-          vector[2 * o + p] =
-              static_cast<uint16_t>(nibble(0) | nibble(1) | nibble(2) | nibble(3));
+          vector[2 * o + p] = static_cast<uint16_t>(nibble(0) | nibble(1) | nibble(2) | nibble(3));
         } else {
           const int low = static_cast<int>(c[o]), high = static_cast<int>(c[2 * kTile + o]);
           vector[2 * o + p] = static_cast<uint16_t>((low & 0xff) | (high & 0xff) << 8);

@@ -2,6 +2,7 @@
 // top_p, min_p; ties go to the lowest token id; the random number depends on seed and position
 // alone.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "cpu/ops.h"
@@ -43,15 +44,16 @@ void CpuOps::sample_row(const SampleRow& row, const float* logits, SampleResult&
   auto scratch = static_cast<size_t>(worker) * static_cast<size_t>(vocab);
   result = {};
 
-  // One pass finds the likeliest token and whether every logit is finite (x - x is 0 only then).
-  int best = 0;
-  float residue = 0;
-  for (int i = 0; i < vocab; ++i) {
-    residue += logits[i] - logits[i];
-    if (logits[i] > logits[best]) best = i;
-  }
-  result.finite = residue == 0.0f;
+  // All exponent bits are set in what is not finite, and in nothing else.
+  uint32_t broken = 0;
+  for (int i = 0; i < vocab; ++i)
+    broken |= (std::bit_cast<uint32_t>(logits[i]) << 1) >= 0xff000000u;
+  result.finite = broken == 0;
   if (!result.finite) return;
+  auto likeliest = [&](const float* values) {  // the first of equals
+    return static_cast<int>(std::find(values, values + vocab, k_.max(values, vocab)) - values);
+  };
+  int best = likeliest(logits);
 
   const float* x = logits;
   float* adjusted = adjusted_.data() + scratch;
@@ -73,8 +75,7 @@ void CpuOps::sample_row(const SampleRow& row, const float* logits, SampleResult&
       counts[t] = 0;
     }
     x = adjusted;
-    for (int i = best = 0; i < vocab; ++i)
-      if (x[i] > x[best]) best = i;
+    best = likeliest(x);
   }
 
   result.token = best;

@@ -50,8 +50,8 @@ ThreadPool::ThreadPool(int threads) {
   } catch (const std::system_error& error) {
     const size_t started = workers_.size() + 1;
     stop();
-    throw Capacity(concat("could not start thread ", started + 1, " of ", threads, ": ",
-                          error.what()));
+    throw Capacity(
+        concat("could not start thread ", started + 1, " of ", threads, ": ", error.what()));
   }
 }
 

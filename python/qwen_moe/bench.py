@@ -50,13 +50,26 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+READ_SECONDS = 0.1  # of every plain read
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Medians of one batch size."""
+    """Medians of one batch size.
+
+    Attributes:
+        batch: Sessions together.
+        prefill_tokens_per_second: Over all of them.
+        decode_tokens_per_second: Over all of them.
+        of_read: For every turn, decode tokens per second over the bytes per second of a plain read
+            taken just before and just after. Times the bytes a token reads, a share of the ceiling.
+        tokens_sha256: Of the drawn tokens, or "runs differ".
+    """
 
     batch: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    of_read: list[float]
     tokens_sha256: str
 
 
@@ -98,59 +111,98 @@ def run(args: argparse.Namespace) -> None:
             max_context=args.prompt_tokens + args.decode_tokens,
             load_format="dummy" if dummy else "auto",
         ) as engine:
-            bandwidth = _core.read_bandwidth(threads)
-            measured = [
-                measure(engine, batch, args.prompt_tokens, args.decode_tokens, args.repeat)
-                for batch in args.batch
-            ]
-            bandwidth = max(bandwidth, _core.read_bandwidth(threads))
-            report = _report(args, engine, threads, bandwidth, measured)
+            reads, measured = measure(
+                engine, args.batch, args.prompt_tokens, args.decode_tokens, args.repeat, threads
+            )
+            report = _report(args, engine, threads, reads, measured)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     print(table(report))
 
 
 def measure(
-    engine: Engine, batch: int, prompt_tokens: int, decode_tokens: int, repeat: int
-) -> Measurement:
-    """Run `batch` sessions together; medians over `repeat` runs after an unmeasured one.
+    engine: Engine,
+    batches: Sequence[int],
+    prompt_tokens: int,
+    decode_tokens: int,
+    repeat: int,
+    threads: int,
+) -> tuple[list[float], list[Measurement]]:
+    """Run every batch size `repeat` times in turn, after an unmeasured round.
+
+    Memory bandwidth drifts on a shared machine, so batch sizes alternate, and every decode run is
+    set against plain reads right before and after it.
+
+    Returns:
+        The plain reads in bytes per second, and the medians of every batch size.
+    """
+    runs: list[list[_Run]] = [[] for _ in batches]
+    reads: list[float] = []
+    for turn in range(repeat + 1):
+        for rows, done in zip(batches, runs, strict=True):
+            run, read = _run(engine, rows, prompt_tokens, decode_tokens, threads)
+            if turn == 0:
+                done[:] = [run]  # kept for its tokens only
+            else:
+                done.append(run)
+                reads += read
+    measured = []
+    for rows, done in zip(batches, runs, strict=True):
+        hashes = {run.tokens_sha256 for run in done}
+        timed = done[1:]
+        measured.append(
+            Measurement(
+                batch=rows,
+                prefill_tokens_per_second=statistics.median(run.prefill for run in timed),
+                decode_tokens_per_second=statistics.median(run.decode for run in timed),
+                of_read=[run.decode / run.read for run in timed],
+                tokens_sha256=hashes.pop() if len(hashes) == 1 else "runs differ",
+            )
+        )
+    return reads, measured
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    prefill: float  # tokens per second
+    decode: float
+    read: float  # bytes per second
+    tokens_sha256: str
+
+
+def _run(
+    engine: Engine, batch: int, prompt_tokens: int, decode_tokens: int, threads: int
+) -> tuple[_Run, list[float]]:
+    """One timed run of `batch` sessions, between two plain reads.
 
     The first token of a reply comes from the prefill, so the rate of decode counts the others.
     """
     core = engine.core
     vocabulary = engine.config.vocab_size
-    prompts = [
-        random.Random(row).choices(range(vocabulary), k=prompt_tokens) for row in range(batch)
-    ]
     sampling = SamplingParams(seed=0).to_core()
     sessions: list[int] = []
-    prefill, decode, hashes = [], [], set()
     try:
-        for _ in range(batch):
+        for row in range(batch):
             sessions.append(core.open())
-        for turn in range(repeat + 1):
-            for session, prompt in zip(sessions, prompts, strict=True):
-                core.reset(session)
-                core.submit(session, prompt, sampling=None, max_tokens=0)
-            began = time.perf_counter()
-            core.run(sessions)
-            filled = time.perf_counter()
-            for session in sessions:
-                core.submit(
-                    session, [], sampling=sampling, max_tokens=decode_tokens, ignore_eos=True
-                )
-            started = time.perf_counter()
-            core.run(sessions)
-            ended = time.perf_counter()
-            if turn > 0:
-                prefill.append(batch * prompt_tokens / (filled - began))
-                decode.append(batch * (decode_tokens - 1) / (ended - started))
-            hashes.add(_hash([core.poll(session).token_ids for session in sessions]))
+            prompt = random.Random(row).choices(range(vocabulary), k=prompt_tokens)
+            core.submit(sessions[-1], prompt, sampling=None, max_tokens=0)
+        began = time.perf_counter()
+        core.run(sessions)
+        filled = time.perf_counter()
+        for session in sessions:
+            core.submit(session, [], sampling=sampling, max_tokens=decode_tokens, ignore_eos=True)
+        read = [_core.read_bandwidth(threads, seconds=READ_SECONDS)]
+        started = time.perf_counter()
+        core.run(sessions)
+        ended = time.perf_counter()
+        read.append(_core.read_bandwidth(threads, seconds=READ_SECONDS))
+        tokens = _hash([core.poll(session).token_ids for session in sessions])
     finally:
         for session in sessions:
             core.close(session)
-    tokens = hashes.pop() if len(hashes) == 1 else "runs differ"
-    return Measurement(batch, statistics.median(prefill), statistics.median(decode), tokens)
+    prefill = batch * prompt_tokens / (filled - began)
+    decode = batch * (decode_tokens - 1) / (ended - started)
+    return _Run(prefill, decode, statistics.mean(read), tokens), read
 
 
 def decode_bytes(engine: Engine) -> int:
@@ -184,16 +236,19 @@ def table(report: dict[str, Any]) -> str:
         f"plain read {report['read_bandwidth'] / 1e9:.1f} GB/s | a token reads "
         f"{report['weight_bytes_per_token'] / 1e6:.1f} MB of weights"
     )
-    lines.append(f"{'batch':>5} {'prefill tok/s':>14} {'decode tok/s':>13}  tokens")
+    rows = report["results"]
+    first = rows[0]["decode_tokens_per_second"]
+    lines.append(f"{'batch':>5} {'prefill tok/s':>14} {'decode tok/s':>13} {'of first':>9}  tokens")
     lines += [
         f"{row['batch']:>5} {row['prefill_tokens_per_second']:>14.1f} "
-        f"{row['decode_tokens_per_second']:>13.1f}  {row['tokens_sha256'][:16]}"
-        for row in report["results"]
+        f"{row['decode_tokens_per_second']:>13.1f} "
+        f"{row['decode_tokens_per_second'] / first:>8.2f}x  {row['tokens_sha256'][:16]}"
+        for row in rows
     ]
     if report["decode_bandwidth"] is not None:
         lines.append(
             f"decode at batch 1 reads weights at {report['decode_bandwidth'] / 1e9:.1f} GB/s, "
-            f"{report['share_of_read_bandwidth']:.0%} of the plain read"
+            f"{report['share_of_read_bandwidth']:.0%} of the plain read beside it"
         )
     return "\n".join(lines)
 
@@ -202,12 +257,11 @@ def _report(
     args: argparse.Namespace,
     engine: Engine,
     threads: int,
-    bandwidth: float,
+    reads: Sequence[float],
     measured: Sequence[Measurement],
 ) -> dict[str, Any]:
     each = decode_bytes(engine)
-    alone = [m.decode_tokens_per_second for m in measured if m.batch == 1]
-    reached = alone[0] * each if alone else None
+    alone = next((m for m in measured if m.batch == 1), None)
     return {
         "machine": {
             "cpu": cpu_model(),
@@ -223,10 +277,10 @@ def _report(
         "prompt_tokens": args.prompt_tokens,
         "decode_tokens": args.decode_tokens,
         "repeat": args.repeat,
-        "read_bandwidth": bandwidth,
+        "read_bandwidth": statistics.median(reads),
         "weight_bytes_per_token": each,
-        "decode_bandwidth": reached,
-        "share_of_read_bandwidth": None if reached is None else reached / bandwidth,
+        "decode_bandwidth": alone and alone.decode_tokens_per_second * each,
+        "share_of_read_bandwidth": alone and statistics.median(alone.of_read) * each,
         "memory": engine.memory,
         "results": [asdict(measurement) for measurement in measured],
     }
