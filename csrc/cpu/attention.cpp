@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kSplit = 512;     // tokens of a decode part
 constexpr int kBlockRows = 16;  // prefill tokens of a task
+constexpr int kFewRows = 8;     // rows that read bf16 pages without widening them first
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
 }  // namespace
@@ -80,19 +81,22 @@ void CpuOps::attend_page(const AttentionArgs<float>& args, int page, int kv_head
   const std::byte* base = args.kv.data + page * args.kv.page_stride;
   auto k_at = static_cast<size_t>(kv_head * kPageTokens * dim);
   size_t v_at = k_at + static_cast<size_t>(c_.num_key_value_heads * kPageTokens * dim);
-  const float* keys;
-  const float* values;
-  if (args.kv.dtype == DType::bf16) {
-    const auto* kv = reinterpret_cast<const uint16_t*>(base);
-    k_.bf16_to_f32(work, kv + k_at, static_cast<int64_t>(tokens) * dim);
-    k_.bf16_to_f32(work + kPageTokens * dim, kv + v_at, static_cast<int64_t>(tokens) * dim);
+  // Many rows are worth widening the page once; few read it as it is. The bits are the same.
+  const auto* half = reinterpret_cast<const uint16_t*>(base);
+  const auto* keys = reinterpret_cast<const float*>(base) + k_at;
+  const auto* values = reinterpret_cast<const float*>(base) + v_at;
+  bool narrow = args.kv.dtype == DType::bf16 && s.rows <= kFewRows;
+  if (args.kv.dtype == DType::bf16 && !narrow) {
+    k_.bf16_to_f32(work, half + k_at, static_cast<int64_t>(tokens) * dim);
+    k_.bf16_to_f32(work + kPageTokens * dim, half + v_at, static_cast<int64_t>(tokens) * dim);
     keys = work;
     values = work + kPageTokens * dim;
-  } else {
-    keys = reinterpret_cast<const float*>(base) + k_at;
-    values = reinterpret_cast<const float*>(base) + v_at;
   }
-  k_.matmul_bt(s.scores, s.query, keys, s.rows, tokens, dim, kPageTokens, dim, dim, false);
+  if (narrow)
+    k_.matmul_bt_bf16(s.scores, s.query, half + k_at, s.rows, tokens, dim, kPageTokens, dim, dim,
+                      false);
+  else
+    k_.matmul_bt(s.scores, s.query, keys, s.rows, tokens, dim, kPageTokens, dim, dim, false);
   for (int r = 0; r < s.rows; ++r) {
     float* score = s.scores + r * kPageTokens;
     int seen = std::clamp(causal_from + r / s.rows_per_token + 1, 0, tokens);
@@ -104,7 +108,10 @@ void CpuOps::attend_page(const AttentionArgs<float>& args, int page, int kv_head
     s.max[r] = top;
     k_.scale(s.out + r * dim, shrink, dim);
   }
-  k_.matmul(s.out, s.scores, values, s.rows, dim, tokens, dim, kPageTokens, dim, true);
+  if (narrow)
+    k_.matmul_bf16(s.out, s.scores, half + v_at, s.rows, dim, tokens, dim, kPageTokens, dim, true);
+  else
+    k_.matmul(s.out, s.scores, values, s.rows, dim, tokens, dim, kPageTokens, dim, true);
 }
 
 void CpuOps::attention_step(const AttentionArgs<float>& args) {

@@ -100,15 +100,17 @@ void CpuOps::quantize(QuantizedRows& to, const float* x, int row, int k) {
                    group);
 }
 
-int CpuOps::tile_chunk(int tiles) const {
-  // Small enough to balance the threads, large enough that a task outweighs taking it.
+int CpuOps::tile_chunk(int tiles, int rows) const {
+  // Few rows read each weight once: small tasks keep the threads level to the end. Many rows are
+  // read again for every task: large tasks, as many as balance needs.
+  if (rows <= 8) return std::min(tiles, 4);
   return std::clamp(tiles / (pool_.size() * 4), 1, 32);
 }
 
 void CpuOps::project(std::span<const Projection> projections, const Activations& in, int rows) {
   int tiles = 0;
   for (const Projection& p : projections) tiles += p.weight->spec.tiles();
-  int chunk = tile_chunk(tiles);
+  int chunk = tile_chunk(tiles, rows);
   pool_.run((tiles + chunk - 1) / chunk, [&](int task, int) {
     int begin = task * chunk, end = std::min(begin + chunk, tiles);
     for (const Projection& p : projections) {
@@ -177,7 +179,7 @@ void CpuOps::out_proj_residual(const OutProjArgs<float>& args) {
       quantize(mid_q_, args.core + row * args.core_stride, row, spec.k);
     });
   Activations in = activations(mid_q_, args.core);
-  int tiles = spec.tiles(), chunk = std::min(tile_chunk(tiles), kTileChunk);
+  int tiles = spec.tiles(), chunk = std::min(tile_chunk(tiles, args.rows), kTileChunk);
   pool_.run((tiles + chunk - 1) / chunk, [&](int task, int worker) {
     int first = task * chunk, last = std::min(first + chunk, tiles);
     int64_t width = static_cast<int64_t>(chunk) * kTile;

@@ -56,6 +56,13 @@ struct Kernels {
   void (*matmul_at)(float* c, const float* a, const float* b, int m, int n, int k, int64_t ldc,
                     int64_t lda, int64_t ldb, bool accumulate);
 
+  // As matmul and matmul_bt with B in bf16, bit for bit what widening it first gives. Its rows have
+  // a multiple of 16 elements.
+  void (*matmul_bf16)(float* c, const float* a, const uint16_t* b, int m, int n, int k, int64_t ldc,
+                      int64_t lda, int64_t ldb, bool accumulate);
+  void (*matmul_bt_bf16)(float* c, const float* a, const uint16_t* b, int m, int n, int k,
+                         int64_t ldc, int64_t lda, int64_t ldb, bool accumulate);
+
   float (*dot)(const float* a, const float* b, int n);
   void (*axpy)(float* y, float a, const float* x, int n);  // y += a * x
   void (*scale)(float* y, float a, int n);                 // y *= a

@@ -7,19 +7,31 @@
 namespace qwen_moe::cpu {
 namespace {
 
+// B is float, or bf16 as uint16_t, which is widened on the way into registers: the same bits as
+// widening it beforehand.
+template <class T>
 struct Product {
   float* c;
   const float* a;
-  const float* b;
+  const T* b;
   int k;
   int64_t ldc, a_row, a_k, ldb;  // element (i, k) of A is at a[i * a_row + k * a_k]
   bool accumulate;
 };
 
+inline F load_b(const float* p) { return load(p); }
+inline F load_b(const uint16_t* p) { return load_bf16(p); }
+
+// Of bf16 there are whole vectors only.
+inline F load_b_n(const float* p, int lanes) { return load_n(p, lanes); }
+inline F load_b_n(const uint16_t* p, int) { return load_bf16(p); }
+inline F load_b_some(const float* p, int lanes) { return load_some(p, lanes); }
+inline F load_b_some(const uint16_t* p, int) { return load_bf16(p); }
+
 // kRows by kCols vectors of C, one chain over k per element whatever the block. kTail: the last
 // vector has only `lanes` columns.
-template <int kRows, int kCols, bool kTail>
-void product_block(const Product& p, int64_t row, int64_t col, int lanes) {
+template <int kRows, int kCols, bool kTail, class T>
+void product_block(const Product<T>& p, int64_t row, int64_t col, int lanes) {
   F acc[kRows][kCols];
   const auto load_last = [&](const float* at, int j) {
     return kTail && j == kCols - 1 ? load_n(at + j * kW, lanes) : load(at + j * kW);
@@ -29,10 +41,11 @@ void product_block(const Product& p, int64_t row, int64_t col, int lanes) {
       acc[r][j] = p.accumulate ? load_last(p.c + (row + r) * p.ldc + col, j) : zero();
   }
   const float* a = p.a + row * p.a_row;
-  const float* b = p.b + col;
+  const T* b = p.b + col;
   for (int i = 0; i < p.k; ++i, a += p.a_k, b += p.ldb) {
     F bv[kCols];
-    for (int j = 0; j < kCols; ++j) bv[j] = load_last(b, j);
+    for (int j = 0; j < kCols; ++j)
+      bv[j] = kTail && j == kCols - 1 ? load_b_n(b + j * kW, lanes) : load_b(b + j * kW);
     for (int r = 0; r < kRows; ++r) {
       const F av = set1(a[r * p.a_row]);
       for (int j = 0; j < kCols; ++j) acc[r][j] = fma(av, bv[j], acc[r][j]);
@@ -51,8 +64,8 @@ void product_block(const Product& p, int64_t row, int64_t col, int lanes) {
 }
 
 // All rows of one strip of columns.
-template <int kCols, bool kTail>
-void product_strip(const Product& p, int m, int64_t col, int lanes) {
+template <int kCols, bool kTail, class T>
+void product_strip(const Product<T>& p, int m, int64_t col, int lanes) {
   int row = 0;
   for (; row + kMmRows <= m; row += kMmRows)
     product_block<kMmRows, kCols, kTail>(p, row, col, lanes);
@@ -69,7 +82,8 @@ void product_strip(const Product& p, int m, int64_t col, int lanes) {
   if (row < m) product_block<1, kCols, kTail>(p, row, col, lanes);
 }
 
-void product(const Product& p, int m, int n) {
+template <class T>
+void product(const Product<T>& p, int m, int n) {
   int col = 0;
   for (; col + kMmVecs * kW <= n; col += kMmVecs * kW) product_strip<kMmVecs, false>(p, m, col, kW);
   if constexpr (kMmVecs > 2) {
@@ -81,27 +95,32 @@ void product(const Product& p, int m, int n) {
 
 void matmul(float* c, const float* a, const float* b, int m, int n, int k, int64_t ldc, int64_t lda,
             int64_t ldb, bool accumulate) {
-  product({c, a, b, k, ldc, lda, 1, ldb, accumulate}, m, n);
+  product<float>({c, a, b, k, ldc, lda, 1, ldb, accumulate}, m, n);
+}
+
+void matmul_bf16(float* c, const float* a, const uint16_t* b, int m, int n, int k, int64_t ldc,
+                 int64_t lda, int64_t ldb, bool accumulate) {
+  product<uint16_t>({c, a, b, k, ldc, lda, 1, ldb, accumulate}, m, n);
 }
 
 void matmul_at(float* c, const float* a, const float* b, int m, int n, int k, int64_t ldc,
                int64_t lda, int64_t ldb, bool accumulate) {
-  product({c, a, b, k, ldc, 1, lda, ldb, accumulate}, m, n);
+  product<float>({c, a, b, k, ldc, 1, lda, ldb, accumulate}, m, n);
 }
 
 // kRows by kCols dot products, one vector chain over k each.
-template <int kRows, int kCols>
-void dot_block(const Product& p, int64_t row, int64_t col) {
+template <int kRows, int kCols, class T>
+void dot_block(const Product<T>& p, int64_t row, int64_t col) {
   F acc[kRows][kCols];
   for (int r = 0; r < kRows; ++r)
     for (int j = 0; j < kCols; ++j) acc[r][j] = zero();
   const float* a = p.a + row * p.a_row;
-  const float* b = p.b + col * p.ldb;
+  const T* b = p.b + col * p.ldb;
   const auto step = [&](int i, int lanes) {
     F av[kRows];
     for (int r = 0; r < kRows; ++r) av[r] = load_some(a + r * p.a_row + i, lanes);
     for (int j = 0; j < kCols; ++j) {
-      const F bv = load_some(b + j * p.ldb + i, lanes);
+      const F bv = load_b_some(b + j * p.ldb + i, lanes);
       for (int r = 0; r < kRows; ++r) acc[r][j] = fma(av[r], bv, acc[r][j]);
     }
   };
@@ -125,8 +144,8 @@ void dot_block(const Product& p, int64_t row, int64_t col) {
   }
 }
 
-template <int kCols>
-void dot_strip(const Product& p, int m, int64_t col) {
+template <int kCols, class T>
+void dot_strip(const Product<T>& p, int m, int64_t col) {
   int row = 0;
   for (; row + kDotRows <= m; row += kDotRows) dot_block<kDotRows, kCols>(p, row, col);
   if constexpr (kDotRows > 2) {
@@ -138,12 +157,21 @@ void dot_strip(const Product& p, int m, int64_t col) {
   if (row < m) dot_block<1, kCols>(p, row, col);
 }
 
-void matmul_bt(float* c, const float* a, const float* b, int m, int n, int k, int64_t ldc,
-               int64_t lda, int64_t ldb, bool accumulate) {
-  const Product p = {c, a, b, k, ldc, lda, 1, ldb, accumulate};
+template <class T>
+void dots(const Product<T>& p, int m, int n) {
   int col = 0;
   for (; col + 4 <= n; col += 4) dot_strip<4>(p, m, col);
   for (; col < n; ++col) dot_strip<1>(p, m, col);
+}
+
+void matmul_bt(float* c, const float* a, const float* b, int m, int n, int k, int64_t ldc,
+               int64_t lda, int64_t ldb, bool accumulate) {
+  dots<float>({c, a, b, k, ldc, lda, 1, ldb, accumulate}, m, n);
+}
+
+void matmul_bt_bf16(float* c, const float* a, const uint16_t* b, int m, int n, int k, int64_t ldc,
+                    int64_t lda, int64_t ldb, bool accumulate) {
+  dots<uint16_t>({c, a, b, k, ldc, lda, 1, ldb, accumulate}, m, n);
 }
 
 struct DeltaStep {

@@ -81,7 +81,7 @@ void CpuOps::routed_gate_up(const RoutedGateUpArgs<float>& args) {
   // A task takes some gate tiles and the matching up tiles of one expert.
   Activations in = activations(in_q_, args.normed);
   int half = inter / kTile;
-  int chunk = tile_chunk(half * static_cast<int>(active_.size()));
+  int chunk = tile_chunk(half * static_cast<int>(active_.size()), args.rows);
   chunk = std::min(chunk, half);
   int parts = (half + chunk - 1) / chunk;
   pool_.run(static_cast<int>(active_.size()) * parts, [&](int task, int) {
@@ -142,7 +142,7 @@ void CpuOps::down_combine_residual(const DownCombineArgs<float>& args) {
   each_row(args.rows, [&](int row, int) { quantize_row(shared_block, row); });
 
   int tiles = routed_down.spec.tiles();
-  int chunk = std::min(tile_chunk(tiles * static_cast<int>(active_.size() + 1)), tiles);
+  int chunk = std::min(tile_chunk(tiles * static_cast<int>(active_.size() + 1), args.rows), tiles);
   int parts = (tiles + chunk - 1) / chunk;
   pool_.run(static_cast<int>(active_.size() + 1) * parts, [&](int task, int) {
     auto which = static_cast<size_t>(task / parts);

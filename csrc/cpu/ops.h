@@ -72,7 +72,7 @@ class CpuOps {
   void quantize(QuantizedRows& to, const float* x, int row, int k);
   // out = weight * in for several weights that share an input.
   void project(std::span<const Projection> projections, const Activations& in, int rows);
-  int tile_chunk(int tiles) const;
+  int tile_chunk(int tiles, int rows) const;  // tiles in a task
 
   // gated_delta.cpp
   void conv_and_norm(const GatedDeltaArgs<float>& args, int row, const float* const* taps);

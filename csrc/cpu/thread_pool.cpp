@@ -43,6 +43,8 @@ bool spin_until(const Ready& ready) {
 
 ThreadPool::ThreadPool(int threads) {
   require(threads >= 1, "a thread pool needs at least 1 thread, got ", threads);
+  lane_count_ = threads;
+  lanes_ = std::make_unique<Lane[]>(static_cast<size_t>(threads));
   workers_.reserve(static_cast<size_t>(threads) - 1);
   try {
     for (int worker = 1; worker < threads; ++worker)
@@ -73,14 +75,18 @@ void ThreadPool::run_raw(int count, Call call, const void* task) {
     return;
   }
   const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
-  // Close the counter before the job changes: whoever reads a new field (acquire) sees it closed,
+  // Close the lanes before the job changes: whoever reads a new field (acquire) sees them closed,
   // so a claim made with a mixture of old and new fields fails.
-  next_.store(static_cast<uint64_t>(epoch) << 32 | kClosed, std::memory_order_release);
+  for (int i = 0; i < lane_count_; ++i)
+    lanes_[static_cast<size_t>(i)].next.store(static_cast<uint64_t>(epoch) << 32 | kClosed,
+                                              std::memory_order_release);
   call_.store(call, std::memory_order_release);
   task_.store(task, std::memory_order_release);
   count_.store(count, std::memory_order_release);
   done_.store(0, std::memory_order_relaxed);
-  next_.store(static_cast<uint64_t>(epoch) << 32, std::memory_order_release);
+  for (int i = 0; i < lane_count_; ++i)
+    lanes_[static_cast<size_t>(i)].next.store(static_cast<uint64_t>(epoch) << 32,
+                                              std::memory_order_release);
   epoch_.store(epoch, std::memory_order_release);
   epoch_.notify_all();
 
@@ -95,19 +101,24 @@ void ThreadPool::run_raw(int count, Call call, const void* task) {
 
 int ThreadPool::drain(int worker, uint32_t epoch) {
   int finished = 0;
-  uint64_t next = next_.load(std::memory_order_acquire);
-  while (static_cast<uint32_t>(next >> 32) == epoch) {
-    const Call call = call_.load(std::memory_order_acquire);
-    const void* task = task_.load(std::memory_order_acquire);
-    const int count = count_.load(std::memory_order_acquire);
-    const uint32_t index = static_cast<uint32_t>(next);
-    if (index >= static_cast<uint32_t>(count)) break;
-    if (!next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel,
-                                     std::memory_order_acquire))
-      continue;
-    call(task, static_cast<int>(index), worker);
-    ++finished;
-    next = next_.load(std::memory_order_acquire);
+  for (int turn = 0; turn < lane_count_; ++turn) {
+    const int64_t lane = (worker + turn) % lane_count_;  // its own first
+    std::atomic<uint64_t>& lane_next = lanes_[static_cast<size_t>(lane)].next;
+    uint64_t next = lane_next.load(std::memory_order_acquire);
+    while (static_cast<uint32_t>(next >> 32) == epoch) {
+      const Call call = call_.load(std::memory_order_acquire);
+      const void* task = task_.load(std::memory_order_acquire);
+      const int64_t count = count_.load(std::memory_order_acquire);
+      const int64_t begin = lane * count / lane_count_, end = (lane + 1) * count / lane_count_;
+      const int64_t index = static_cast<uint32_t>(next);
+      if (index >= end - begin) break;
+      if (!lane_next.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel,
+                                           std::memory_order_acquire))
+        continue;
+      call(task, static_cast<int>(begin + index), worker);
+      ++finished;
+      next = lane_next.load(std::memory_order_acquire);
+    }
   }
   return finished;
 }

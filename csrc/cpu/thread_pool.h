@@ -1,5 +1,7 @@
-// A persistent pool of worker threads. run() hands out task indices by an atomic counter, so the
-// caller must make tasks whose results do not depend on who computes them or in which order.
+// A persistent pool of worker threads. Every worker begins with its own contiguous share of the
+// task indices, so that it streams through neighbouring memory, and then helps the others with
+// theirs. So the caller must make tasks whose results do not depend on who computes them or in
+// which order.
 #pragma once
 
 #include <atomic>
@@ -44,15 +46,19 @@ class ThreadPool {
   void stop();
 
   // The job in progress. A late worker may read these while the next job is being written; it then
-  // fails to claim an index from `next_`, which was closed first, and never uses what it read.
+  // fails to claim an index from a lane, which was closed first, and never uses what it read.
   std::mutex run_mutex_;  // one run at a time
   std::atomic<Call> call_{nullptr};
   std::atomic<const void*> task_{nullptr};
   std::atomic<int> count_{0};
   std::atomic<bool> stop_{false};
   alignas(64) std::atomic<uint32_t> epoch_{0};  // raised by one for every job; workers sleep on it
-  alignas(64) std::atomic<uint64_t> next_{0};   // epoch << 32 | next index to hand out
-  alignas(64) std::atomic<int> done_{0};        // indices finished; the caller sleeps on it
+  struct alignas(64) Lane {
+    std::atomic<uint64_t> next{0};  // epoch << 32 | how many of the lane's indices are handed out
+  };
+  std::unique_ptr<Lane[]> lanes_;  // [size], one for each worker's share
+  int lane_count_ = 1;
+  alignas(64) std::atomic<int> done_{0};  // indices finished; the caller sleeps on it
   std::vector<std::thread> workers_;
 };
 

@@ -304,6 +304,29 @@ TEST_P(KernelsTest, SmallMatrixProducts) {
   }
 }
 
+TEST_P(KernelsTest, ProductsWithBf16HaveTheBitsOfWidenedOnes) {
+  for (int m : {1, 2, 4, 7, 8}) {
+    const int n = 64, k = 256;  // queries by keys, then scores by values
+    const Floats wide = random_floats(static_cast<size_t>(n * k), 1);
+    std::vector<uint16_t> half(wide.size());
+    Floats widened(wide.size());
+    kernels_->f32_to_bf16(half.data(), wide.data(), n * k);
+    kernels_->bf16_to_f32(widened.data(), half.data(), n * k);
+    const Floats query = random_floats(static_cast<size_t>(m * k), 2);
+    const Floats scores = random_floats(static_cast<size_t>(m * n), 3);
+    for (bool accumulate : {false, true}) {
+      Floats a(static_cast<size_t>(m * n), 0.5f), b = a;
+      kernels_->matmul_bt(a.data(), query.data(), widened.data(), m, n, k, n, k, k, accumulate);
+      kernels_->matmul_bt_bf16(b.data(), query.data(), half.data(), m, n, k, n, k, k, accumulate);
+      EXPECT_EQ(a, b) << m;
+      Floats c(static_cast<size_t>(m * k), 0.5f), d = c;
+      kernels_->matmul(c.data(), scores.data(), widened.data(), m, k, n, k, n, k, accumulate);
+      kernels_->matmul_bf16(d.data(), scores.data(), half.data(), m, k, n, k, n, k, accumulate);
+      EXPECT_EQ(c, d) << m;
+    }
+  }
+}
+
 TEST_P(KernelsTest, ProductsPassNanOn) {
   Floats a(8 * 24, 1.0f), b(40 * 40, 0.0f), c(8 * 40);
   a[3 * 24 + 23] = kNan;
