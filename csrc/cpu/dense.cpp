@@ -172,34 +172,43 @@ void CpuOps::norm_in_proj(const NormInProjArgs<float>& args) {
   }
 }
 
+// As project() for one weight, but every piece of a row goes to sink(row, first output, values, n)
+// instead of to memory: to be added, or scattered.
+template <class Sink>
+void CpuOps::project_into(const WeightView& weight, const Activations& in, int rows,
+                          const Sink& sink) {
+  const WeightSpec& spec = weight.spec;
+  int tiles = spec.tiles(), chunk = std::min(tile_chunk(tiles, rows), kTileChunk);
+  pool_.run((tiles + chunk - 1) / chunk, [&](int task, int worker) {
+    int first = task * chunk, last = std::min(first + chunk, tiles);
+    int64_t width = static_cast<int64_t>(chunk) * kTile;
+    size_t share = static_cast<size_t>(max_rows_) * kTileChunk * kTile;
+    float* tile = tile_.data() + static_cast<size_t>(worker) * share;
+    // `out` is shifted so that output n of row r lands at tile[r, n - 16 * first].
+    k_.gemm({.out = tile - static_cast<int64_t>(first) * kTile,
+             .out_stride = width,
+             .weight = weight.data,
+             .spec = &spec,
+             .in = in,
+             .row_index = nullptr,
+             .rows = rows,
+             .tile_begin = first,
+             .tile_end = last});
+    int n = std::min(last * kTile, spec.n) - first * kTile;
+    for (int row = 0; row < rows; ++row) sink(row, first * kTile, tile + row * width, n);
+  });
+}
+
 void CpuOps::out_proj_residual(const OutProjArgs<float>& args) {
   const WeightSpec& spec = args.weight.spec;
   if (is_quantized(spec.format))
     each_row(args.rows, [&](int row, int) {
       quantize(mid_q_, args.core + row * args.core_stride, row, spec.k);
     });
-  Activations in = activations(mid_q_, args.core);
-  int tiles = spec.tiles(), chunk = std::min(tile_chunk(tiles, args.rows), kTileChunk);
-  pool_.run((tiles + chunk - 1) / chunk, [&](int task, int worker) {
-    int first = task * chunk, last = std::min(first + chunk, tiles);
-    int64_t width = static_cast<int64_t>(chunk) * kTile;
-    float* tile = tile_.data() +
-                  static_cast<size_t>(worker) * static_cast<size_t>(max_rows_) * kTileChunk * kTile;
-    // `out` is shifted so that output n of row r lands at tile[r, n - 16 * first].
-    k_.gemm({.out = tile - static_cast<int64_t>(first) * kTile,
-             .out_stride = width,
-             .weight = args.weight.data,
-             .spec = &spec,
-             .in = in,
-             .row_index = nullptr,
-             .rows = args.rows,
-             .tile_begin = first,
-             .tile_end = last});
-    int n = std::min(last * kTile, spec.n) - first * kTile;
-    for (int row = 0; row < args.rows; ++row)
-      k_.add(args.hidden + static_cast<int64_t>(row) * spec.n + first * kTile, tile + row * width,
-             n);
-  });
+  project_into(args.weight, activations(mid_q_, args.core), args.rows,
+               [&](int row, int first, const float* values, int n) {
+                 k_.add(args.hidden + static_cast<int64_t>(row) * spec.n + first, values, n);
+               });
 }
 
 void CpuOps::lm_head(const LmHeadArgs<float>& args) {
@@ -211,26 +220,10 @@ void CpuOps::lm_head(const LmHeadArgs<float>& args) {
                 static_cast<float>(c_.rms_norm_eps));
     if (is_quantized(spec.format)) quantize(in_q_, normed_.data() + at, row, hidden);
   });
-  Activations in = activations(in_q_, normed_.data());
-  int tiles = spec.tiles(), chunk = kTileChunk;
-  pool_.run((tiles + chunk - 1) / chunk, [&](int task, int worker) {
-    int first = task * chunk, last = std::min(first + chunk, tiles);
-    int64_t width = static_cast<int64_t>(chunk) * kTile;
-    float* tile = tile_.data() +
-                  static_cast<size_t>(worker) * static_cast<size_t>(max_rows_) * kTileChunk * kTile;
-    k_.gemm({.out = tile - static_cast<int64_t>(first) * kTile,
-             .out_stride = width,
-             .weight = args.lm_head.data,
-             .spec = &spec,
-             .in = in,
-             .row_index = nullptr,
-             .rows = args.rows,
-             .tile_begin = first,
-             .tile_end = last});
-    int n = std::min(last * kTile, spec.n) - first * kTile;
-    for (int row = 0; row < args.rows; ++row)
-      std::copy_n(tile + row * width, n, args.logits.at(args.slot[row]) + first * kTile);
-  });
+  project_into(args.lm_head, activations(in_q_, normed_.data()), args.rows,
+               [&](int row, int first, const float* values, int n) {
+                 std::copy_n(values, n, args.logits.at(args.slot[row]) + first);
+               });
 }
 
 }  // namespace qwen_moe::cpu

@@ -72,6 +72,8 @@ class CpuOps {
   void quantize(QuantizedRows& to, const float* x, int row, int k);
   // out = weight * in for several weights that share an input.
   void project(std::span<const Projection> projections, const Activations& in, int rows);
+  template <class Sink>
+  void project_into(const WeightView& weight, const Activations& in, int rows, const Sink& sink);
   int tile_chunk(int tiles, int rows) const;  // tiles in a task
 
   // gated_delta.cpp
