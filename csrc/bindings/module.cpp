@@ -97,7 +97,6 @@ struct PyModel {
   std::shared_ptr<Model> model;
   std::vector<std::string> devices;
   int threads;
-  DType dtype;
 };
 
 struct PySlot {
@@ -255,10 +254,10 @@ void register_model(py::module_& m) {
              require(threads > 0 && threads <= 1024, "threads must be in [1, 1024], got ", threads);
              std::vector<std::shared_ptr<WeightHome>> homes;
              for (const std::string& device : devices) homes.push_back(make_home(device, threads));
-             DType parsed = parse_dtype(dtype);
-             return PyModel{std::make_shared<Model>(config, parse_recipe(recipe), parsed,
-                                                    checkpoint, std::move(homes), split),
-                            devices, threads, parsed};
+             return PyModel{
+                 std::make_shared<Model>(config, parse_recipe(recipe), parse_dtype(dtype),
+                                         checkpoint, std::move(homes), split),
+                 devices, threads};
            }),
            "config"_a, py::kw_only(), "recipe"_a, "dtype"_a, "checkpoint"_a, "devices"_a, "split"_a,
            "threads"_a, py::call_guard<py::gil_scoped_release>())
@@ -392,18 +391,18 @@ void register_engine(py::module_& m) {
       .def(
           "run",
           [](Engine& e, const std::vector<SessionId>& sessions, int tokens, bool any) {
-            bool main = on_main_thread(), done;
+            bool main = on_main_thread();
             {
               py::gil_scoped_release release;
               if (main) {
                 InterruptGuard guard;
-                done = e.run(sessions, tokens, any, guard.flag());
+                e.run(sessions, tokens, any, guard.flag());
               } else {
-                done = e.run(sessions, tokens, any, nullptr);
+                e.run(sessions, tokens, any, nullptr);
               }
             }
+            // An interrupt that Python's handler swallows just ends the call early.
             if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-            (void)done;  // an interrupt that Python's handler swallowed just ends the call early
           },
           "sessions"_a, py::kw_only(), "tokens"_a = 0, "any"_a = false)
       .def("poll", &Engine::poll, "session"_a, nogil)
