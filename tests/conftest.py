@@ -26,6 +26,19 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU say why they did not run."""
+    from qwen_moe import _core
+
+    if _core.cuda_available():
+        return
+    reason = "no CUDA: this build is without it, or the machine has no usable GPU"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 RECIPES = [None, "int8", "int4", "int4-all"]
 
 

@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <csignal>
+#include <ios>
 #include <string>
 
 #include "engine/engine.h"
@@ -14,6 +16,9 @@ using namespace qwen_moe;
 using namespace pybind11::literals;
 
 namespace {
+
+// Where the C++ runtime is linked into this module, nothing else sets its streams and locale up.
+const std::ios_base::Init streams;
 
 // While it lives on the main thread, Ctrl-C also raises a flag that the running call looks at
 // between steps; Python's own handler runs as well, and raises KeyboardInterrupt once the call
@@ -89,7 +94,8 @@ std::shared_ptr<WeightHome> make_home(const std::string& device, int threads) {
   if (device == "cpu") return make_cpu_weight_home(threads);
   require(device == "cuda" || device.starts_with("cuda:"), "device '", device,
           "' is not cpu, cuda or cuda:N");
-  return make_cuda_weight_home(device == "cuda" ? 0 : std::stoi(device.substr(5)));
+  return make_cuda_weight_home(device == "cuda" ? 0 : std::stoi(device.substr(5)),
+                               make_cpu_weight_home(threads));
 }
 
 // The weights and the threads that pack them and later compute.
@@ -253,11 +259,15 @@ void register_model(py::module_& m) {
                        int threads) {
              require(threads > 0 && threads <= 1024, "threads must be in [1, 1024], got ", threads);
              std::vector<std::shared_ptr<WeightHome>> homes;
-             for (const std::string& device : devices) homes.push_back(make_home(device, threads));
-             return PyModel{
-                 std::make_shared<Model>(config, parse_recipe(recipe), parse_dtype(dtype),
-                                         checkpoint, std::move(homes), split),
-                 devices, threads};
+             DType dense = parse_dtype(dtype);
+             for (const std::string& device : devices) {
+               homes.push_back(make_home(device, threads));
+               // The kernels of a GPU take bf16; one plan holds for all devices of a model.
+               if (device != "cpu") dense = DType::bf16;
+             }
+             return PyModel{std::make_shared<Model>(config, parse_recipe(recipe), dense, checkpoint,
+                                                    std::move(homes), split),
+                            devices, threads};
            }),
            "config"_a, py::kw_only(), "recipe"_a, "dtype"_a, "checkpoint"_a, "devices"_a, "split"_a,
            "threads"_a, py::call_guard<py::gil_scoped_release>())
@@ -328,12 +338,17 @@ void register_engine(py::module_& m) {
                                               py::release_gil_before_calling_cpp_dtor())
       .def(py::init([](const PyModel& model, int max_sessions, int max_context,
                        const std::string& kv_dtype, const std::vector<int32_t>& eos_token_ids,
-                       bool poison) {
+                       bool poison, bool cuda_graph) {
              const ModelConfig& config = model.model->config();
              DType kv = parse_dtype(kv_dtype);
              std::vector<std::unique_ptr<Backend>> shards;
              for (int i = 0; i < model.model->shards(); ++i) {
-               BackendOptions options{model.model.get(), i, kv, model.threads};
+               BackendOptions options{.model = model.model.get(),
+                                      .shard = i,
+                                      .kv_dtype = kv,
+                                      .threads = model.threads,
+                                      .cuda_graph = cuda_graph,
+                                      .max_rows = std::min(max_sessions, kMaxRows)};
                bool cpu = model.devices[static_cast<size_t>(i)] == "cpu";
                shards.push_back(cpu ? make_cpu_backend(options) : make_cuda_backend(options));
              }
@@ -346,7 +361,7 @@ void register_engine(py::module_& m) {
                                .poison = poison});
            }),
            "model"_a, py::kw_only(), "max_sessions"_a, "max_context"_a, "kv_dtype"_a,
-           "eos_token_ids"_a, "poison"_a = false, nogil)
+           "eos_token_ids"_a, "poison"_a = false, "cuda_graph"_a = true, nogil)
       .def_property_readonly("max_sessions",
                              [](const Engine& e) { return e.capacity().max_sessions; })
       .def_property_readonly("max_context", [](const Engine& e) { return e.options().max_context; })
@@ -362,12 +377,14 @@ void register_engine(py::module_& m) {
               py::gil_scoped_release release;
               s = e.stats();
             }
-            return std::map<std::string, int64_t>{
+            std::map<std::string, int64_t> all{
                 {"sessions_open", s.sessions_open},     {"sessions_opened", s.sessions_opened},
                 {"prefill_tokens", s.prefill_tokens},   {"prefill_steps", s.prefill_steps},
                 {"decode_tokens", s.decode_tokens},     {"decode_steps", s.decode_steps},
                 {"max_decode_rows", s.max_decode_rows}, {"slots_used", s.slots_used},
                 {"pages_used", s.pages_used},           {"pages_total", s.pages_total}};
+            all.merge(s.backend);
+            return all;
           })
       .def("open", &Engine::open, nogil)
       .def("close", &Engine::close, "session"_a, nogil)
@@ -411,7 +428,7 @@ void register_engine(py::module_& m) {
       .def("poisoned", &Engine::poisoned, "session"_a, nogil)
       .def(
           "logits",
-          [](const Engine& e, SessionId session, const py::buffer& out) {
+          [](Engine& e, SessionId session, const py::buffer& out) {
             Span span = memory_of(out, true);
             py::gil_scoped_release release;
             e.logits(session, {reinterpret_cast<float*>(span.data), span.bytes / sizeof(float)});
@@ -419,7 +436,7 @@ void register_engine(py::module_& m) {
           "session"_a, "out"_a)
       .def(
           "export_state",
-          [](const Engine& e, SessionId session) {
+          [](Engine& e, SessionId session) {
             Engine::Snapshot snapshot;
             {
               py::gil_scoped_release release;
@@ -480,6 +497,9 @@ PYBIND11_MODULE(_core, m) {
   m.attr("__version__") = QWEN_MOE_VERSION;
   register_errors(m);
   m.def("cuda_available", &cuda_available);
+  m.def("cuda_device_info", &cuda_device_info, "device"_a);
+  m.def("cuda_read_bandwidth", &cuda_read_bandwidth, "device"_a,
+        py::call_guard<py::gil_scoped_release>());
   m.def("isa", &cpu_isa);
   m.def(
       "read_bandwidth",

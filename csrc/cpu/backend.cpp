@@ -72,6 +72,7 @@ class CpuBackend : public Backend {
     position_.resize(r);
     token_.resize(r);
     slot_.resize(r);
+    drawn_.resize(static_cast<size_t>(kMaxRows));
     pages_stride_ = (options.max_context + kPageTokens - 1) / kPageTokens;
     page_table_.resize(static_cast<size_t>(kMaxRows) * static_cast<size_t>(pages_stride_));
 
@@ -201,8 +202,14 @@ class CpuBackend : public Backend {
     return {buffers_.hidden, DType::f32, last_rows_, config_.hidden_size};
   }
 
-  void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) override {
-    ops_->sample(rows, logits_, results);
+  // Draws at once, and keeps the results until they are collected.
+  void draw(std::span<const SampleRow> rows) override {
+    require(rows.size() <= drawn_.size(), "a draw takes up to ", drawn_.size(), " rows, got ",
+            rows.size());
+    ops_->sample(rows, logits_, {drawn_.data(), rows.size()});
+  }
+  void collect(std::span<SampleResult> results) override {
+    std::copy_n(drawn_.begin(), results.size(), results.begin());
   }
 
   void read_logits(int slot, std::span<float> to) override {
@@ -300,6 +307,7 @@ class CpuBackend : public Backend {
   Buffers<float> buffers_;
   int rows_ = 0, last_rows_ = 0;
   std::vector<int32_t> token_, position_, slot_, page_table_;
+  std::vector<SampleResult> drawn_;
   int64_t pages_stride_ = 0;
 };
 

@@ -145,7 +145,7 @@ void CpuOps::norm_in_proj(const NormInProjArgs<float>& args) {
   const LayerWeights& w = args.layer;
   bool linear = w.type == LayerType::linear_attention;
   bool quantized = is_quantized((linear ? w.in_proj_qkv : w.q_proj).spec.format);
-  each_row(args.rows, [&](int row, int) {
+  each_row(args.rows.rows, [&](int row, int) {
     size_t at = static_cast<size_t>(row) * static_cast<size_t>(hidden);
     k_.rms_norm(normed_.data() + at, args.hidden + at, w.input_layernorm, hidden,
                 static_cast<float>(c_.rms_norm_eps));
@@ -161,14 +161,14 @@ void CpuOps::norm_in_proj(const NormInProjArgs<float>& args) {
                                 {&w.in_proj_z, z, args.proj_stride},
                                 {&w.in_proj_b, b, args.proj_stride},
                                 {&w.in_proj_a, a, args.proj_stride}};
-    project(projections, in, args.rows);
+    project(projections, in, args.rows.rows);
   } else {
     float* k = out + 2 * c_.attention_dim();
     float* v = k + c_.kv_dim();
     Projection projections[] = {{&w.q_proj, out, args.proj_stride},
                                 {&w.k_proj, k, args.proj_stride},
                                 {&w.v_proj, v, args.proj_stride}};
-    project(projections, in, args.rows);
+    project(projections, in, args.rows.rows);
   }
 }
 

@@ -73,15 +73,15 @@ void CpuOps::group_by_expert(int rows) {
 void CpuOps::routed_gate_up(const RoutedGateUpArgs<float>& args) {
   int inter = c_.moe_intermediate_size;
   const WeightView& weight = args.layer.experts_gate_up;
-  each_row(args.rows, [&](int row, int) {
+  each_row(args.rows.rows, [&](int row, int) {
     route(row, args.router + static_cast<int64_t>(row) * c_.num_experts);
   });
-  group_by_expert(args.rows);
+  group_by_expert(args.rows.rows);
 
   // A task takes some gate tiles and the matching up tiles of one expert.
   Activations in = activations(in_q_, args.normed);
   int half = inter / kTile;
-  int chunk = tile_chunk(half * static_cast<int>(active_.size()), args.rows);
+  int chunk = tile_chunk(half * static_cast<int>(active_.size()), args.rows.rows);
   chunk = std::min(chunk, half);
   int parts = (half + chunk - 1) / chunk;
   pool_.run(static_cast<int>(active_.size()) * parts, [&](int task, int) {
@@ -113,7 +113,7 @@ void CpuOps::down_combine_residual(const DownCombineArgs<float>& args) {
   int hidden = c_.hidden_size, inter = c_.moe_intermediate_size, top_k = c_.num_experts_per_tok;
   const WeightView& routed_down = args.layer.experts_down;
   const WeightView& shared_down = args.layer.shared_down;
-  int picks = args.rows * top_k;
+  int picks = args.rows.rows * top_k;
   // The shared rows lie behind the routed ones in the quantized scratch.
   struct Block {
     const WeightView& weight;
@@ -139,17 +139,18 @@ void CpuOps::down_combine_residual(const DownCombineArgs<float>& args) {
                      const_cast<int32_t*>(to.sum), to.x, 1, k, group_for(k));
   };
   each_row(picks, [&](int pair, int) { quantize_row(routed_block, pair); });
-  each_row(args.rows, [&](int row, int) { quantize_row(shared_block, row); });
+  each_row(args.rows.rows, [&](int row, int) { quantize_row(shared_block, row); });
 
   int tiles = routed_down.spec.tiles();
-  int chunk = std::min(tile_chunk(tiles * static_cast<int>(active_.size() + 1), args.rows), tiles);
+  int chunk =
+      std::min(tile_chunk(tiles * static_cast<int>(active_.size() + 1), args.rows.rows), tiles);
   int parts = (tiles + chunk - 1) / chunk;
   pool_.run(static_cast<int>(active_.size() + 1) * parts, [&](int task, int) {
     auto which = static_cast<size_t>(task / parts);
     bool is_shared = which == active_.size();
     int expert = is_shared ? 0 : active_[which];
     int begin = is_shared ? 0 : expert_begin_[static_cast<size_t>(expert)];
-    int end = is_shared ? args.rows : expert_begin_[static_cast<size_t>(expert) + 1];
+    int end = is_shared ? args.rows.rows : expert_begin_[static_cast<size_t>(expert) + 1];
     const Block& block = is_shared ? shared_block : routed_block;
     k_.gemm({.out = (is_shared ? shared_down_.data() : down_.data()) +
                     static_cast<int64_t>(begin) * hidden,
@@ -164,7 +165,7 @@ void CpuOps::down_combine_residual(const DownCombineArgs<float>& args) {
   });
 
   // Ranks in order, then the shared expert, then the residual: the same sum whatever the batch.
-  each_row(args.rows, [&](int row, int) {
+  each_row(args.rows.rows, [&](int row, int) {
     float* sum = normed_.data() + static_cast<int64_t>(row) * hidden;
     std::fill_n(sum, hidden, 0.0f);
     for (int rank = 0; rank < top_k; ++rank) {

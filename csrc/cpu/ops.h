@@ -33,6 +33,7 @@ struct Projection {
 class CpuOps {
  public:
   using Act = float;
+  using In = float;
 
   // Scratch for `rows` rows of a step; nothing allocates later.
   CpuOps(const ModelConfig& config, ThreadPool& pool, int rows, int max_context);

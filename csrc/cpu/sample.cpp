@@ -57,8 +57,7 @@ void CpuOps::sample_row(const SampleRow& row, const float* logits, SampleResult&
 
   const float* x = logits;
   float* adjusted = adjusted_.data() + scratch;
-  bool penalties = s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0;
-  if (penalties) {
+  if (s.penalized()) {
     std::copy_n(logits, vocab, adjusted);
     int32_t* counts = counts_.data() + scratch;
     if (s.repetition_penalty != 1) {
@@ -120,7 +119,7 @@ void CpuOps::sample_row(const SampleRow& row, const float* logits, SampleResult&
     std::sort(c, c + count, likelier);
     total = 0;
     for (int i = 0; i < count; ++i) total += weight(c[i]);
-    double mark = uniform(s.seed, row.timeline.size()) * total;
+    double mark = uniform(s.seed, static_cast<uint64_t>(row.position)) * total;
     int drawn = 0;
     for (double sum = weight(c[0]); drawn + 1 < count && sum <= mark; sum += weight(c[drawn]))
       ++drawn;

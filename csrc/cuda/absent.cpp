@@ -9,8 +9,14 @@ std::unique_ptr<Backend> make_cuda_backend(const BackendOptions&) {
   throw Device("this build has no CUDA backend; use device=\"cpu\"");
 }
 
-std::shared_ptr<WeightHome> make_cuda_weight_home(int) {
+std::shared_ptr<WeightHome> make_cuda_weight_home(int, std::shared_ptr<WeightHome>) {
   throw Device("this build has no CUDA backend; use device=\"cpu\"");
 }
+
+std::map<std::string, std::string> cuda_device_info(int) {
+  throw Device("this build has no CUDA backend");
+}
+
+double cuda_read_bandwidth(int) { throw Device("this build has no CUDA backend"); }
 
 }  // namespace qwen_moe

@@ -30,12 +30,16 @@ struct PrefillStep {
   bool logits = false;             // compute lm_head.logits of the last token
 };
 
+// As DecodeRow::token: the token last drawn for this slot, which the host has not seen yet. Behind
+// a draw that comes back stale or not finite it is any id of the vocabulary; the row is dropped.
+inline constexpr int32_t kLastDrawn = -1;
+
 // One token for each of several sessions.
 struct DecodeRow {
   int slot = 0;
   uint32_t generation = 0;
   int position = 0;
-  int32_t token = 0;
+  int32_t token = 0;  // or kLastDrawn, where the backend says ahead()
   std::span<const int32_t> pages;
 };
 
@@ -53,19 +57,29 @@ struct Handoff {
   int width = 0;
 };
 
+// What a call's arguments point to need not outlive the call. Steps, draws and the verbs of
+// StateStore take effect in the order of the calls, also where they only enqueue.
 class Backend : public StateStore {
  public:
   // Allocates every arena, once. Nothing allocates in the steps that follow.
   virtual void reserve(const ReserveOptions& options) = 0;
   virtual std::map<std::string, size_t> memory() const = 0;  // ledger in bytes, without weights
+  virtual std::map<std::string, int64_t> counters() const { return {}; }  // for Engine::stats
 
   // `input` is the residual stream of the shard before, or null on the first.
   virtual void prefill(const PrefillStep& step, const Handoff* input) = 0;
   virtual void decode(std::span<const DecodeRow> rows, const Handoff* input) = 0;
   virtual Handoff hidden() const = 0;  // [rows, hidden] of the last step, for the shard after
 
-  // On the last shard, from lm_head.logits of each row's slot.
-  virtual void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) = 0;
+  // On the last shard: starts drawing from lm_head.logits of each row's slot. When it throws, there
+  // is no such draw.
+  virtual void draw(std::span<const SampleRow> rows) = 0;
+  // Waits for the oldest draw not collected yet; one result for each of its rows. When it throws,
+  // that draw counts as collected.
+  virtual void collect(std::span<SampleResult> results) = 0;
+  // True when prefill, decode and draw only enqueue: then the engine has up to two draws
+  // uncollected and feeds the tokens of the older one as kLastDrawn.
+  virtual bool ahead() const { return false; }
   virtual void read_logits(int slot, std::span<float> to) = 0;
 };
 
@@ -74,6 +88,8 @@ struct BackendOptions {
   int shard = 0;
   DType kv_dtype = DType::bf16;
   int threads = 1;
+  bool cuda_graph = true;   // false: the same kernels, launched one by one
+  int max_rows = kMaxRows;  // of a decode step
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);
@@ -85,6 +101,10 @@ double cpu_read_bandwidth(int threads, size_t bytes, double seconds);
 // Linked from cuda/, or from cuda/absent.cpp, which answers false and throws Device.
 bool cuda_available();
 std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options);
-std::shared_ptr<WeightHome> make_cuda_weight_home(int device);
+// `host` packs; its bytes are reordered on the device.
+std::shared_ptr<WeightHome> make_cuda_weight_home(int device, std::shared_ptr<WeightHome> host);
+// Facts for reports, by name: "name" of the GPU and whatever else tells two machines apart.
+std::map<std::string, std::string> cuda_device_info(int device);
+double cuda_read_bandwidth(int device);  // bytes per second of a plain read of its memory
 
 }  // namespace qwen_moe

@@ -26,6 +26,7 @@ struct Engine::Record {
   bool prompt = false;  // pending tokens are a prompt, not one drawn token
   Request request;
   int drawn = 0;  // tokens of this request
+  int draws = 0;  // not collected yet
   Finish finish = Finish::none;
 
   // Since the last poll; reserved at submit, so that drawing allocates nothing.
@@ -36,11 +37,14 @@ struct Engine::Record {
 
 Engine::Engine(std::shared_ptr<const Model> model, const StateLayout& declared, int vocab_size,
                std::vector<std::unique_ptr<Backend>> shards, const EngineOptions& options)
-    : options_(options), vocab_size_(vocab_size), model_(std::move(model)) {
+    : options_(options),
+      vocab_size_(vocab_size),
+      model_(std::move(model)),
+      pipeline_(std::make_unique<Pipeline>(std::move(shards))),
+      ahead_(pipeline_->ahead()) {
   require(options.max_sessions > 0 && options.max_sessions <= 4096,
           "max_sessions must be in [1, 4096], got ", options.max_sessions);
   require(options.max_context > 0, "max_context must be positive, got ", options.max_context);
-  pipeline_ = std::make_unique<Pipeline>(std::move(shards));
   StateOptions state{options.max_sessions, options.max_context, options.poison};
   pipeline_->reserve({.slots = options.max_sessions,
                       .pages = MutableStateManager::pages_needed(state),
@@ -54,6 +58,7 @@ Engine::Engine(std::shared_ptr<const Model> model, const StateLayout& declared, 
   decode_rows_.reserve(kMaxRows);
   sample_rows_.reserve(kMaxRows);
   results_.resize(kMaxRows);
+  for (auto& rows : outstanding_) rows.reserve(kMaxRows);
 }
 
 Engine::~Engine() = default;
@@ -74,6 +79,7 @@ EngineStats Engine::stats() const {
   stats.slots_used = manager_->slots().used();
   stats.pages_used = manager_->pages().used();
   stats.pages_total = manager_->pages().capacity();
+  stats.backend = pipeline_->counters();
   return stats;
 }
 
@@ -109,6 +115,7 @@ SessionId Engine::open() {
 
 void Engine::close(SessionId id) {
   std::lock_guard lock(mutex_);
+  settle();
   manager_->destroy(record(id).session);
   std::lock_guard names(names_mutex_);
   records_.erase(id);
@@ -116,6 +123,7 @@ void Engine::close(SessionId id) {
 
 void Engine::reset(SessionId id) {
   std::lock_guard lock(mutex_);
+  settle();
   Record& r = record(id);
   manager_->reset(r.session);
   r.running = false;
@@ -128,6 +136,7 @@ void Engine::reset(SessionId id) {
 
 SessionId Engine::fork(SessionId id) {
   std::lock_guard lock(mutex_);
+  settle();
   Record& r = idle(id, "fork");
   require(r.poison.empty(), "session ", id, " is poisoned (", r.poison, "); reset it first");
   return add(manager_->fork(r.session));
@@ -142,6 +151,7 @@ void Engine::stop(SessionId id) {
 
 void Engine::cancel(SessionId id) {
   std::lock_guard lock(mutex_);
+  settle();
   Record& r = record(id);
   if (r.running) finish(r, Finish::stopped);
 }
@@ -149,6 +159,7 @@ void Engine::cancel(SessionId id) {
 void Engine::submit(SessionId id, const Request& request) {
   request.sampling.validate();
   std::lock_guard lock(mutex_);
+  settle();
   Record& r = idle(id, "submit to");
   Session& s = r.session;
   require<Error>(r.poison.empty(), "session ", id, " is poisoned (", r.poison, "); reset it first");
@@ -201,8 +212,11 @@ bool Engine::run(std::span<const SessionId> ids, int tokens, bool any,
       const Record& r = record(id);
       done += !r.running || (tokens > 0 && static_cast<int>(r.new_tokens.size()) >= tokens);
     }
-    if (any ? done > 0 : done == ids.size()) return true;
-    if (interrupt && interrupt->load()) return false;
+    bool enough = any ? done > 0 : done == ids.size();
+    if (enough || (interrupt && interrupt->load())) {
+      settle();
+      return enough;
+    }
     step_locked();
   }
 }
@@ -213,34 +227,79 @@ bool Engine::step() {
 }
 
 bool Engine::step_locked() {
+  if (must_settle()) settle();
   work_.clear();
   ready_.clear();
   drawing_.clear();
   for (auto& [id, r] : records_) {
     if (!r->running) continue;
-    if (r->stop.load()) {
+    const Session& s = r->session;
+    if (r->draws > 0) {
+      if (!may_run_ahead(*r)) continue;
+      work_.push_back({static_cast<int>(ready_.size()), false, s.computed, 1});
+      ready_.push_back(r.get());
+    } else if (r->stop.load()) {
       finish(*r, Finish::stopped);
-    } else if (r->session.pending() > 0) {
-      work_.push_back(
-          {static_cast<int>(ready_.size()), r->prompt, r->session.computed, r->session.pending()});
+    } else if (s.pending() > 0) {
+      work_.push_back({static_cast<int>(ready_.size()), r->prompt, s.computed, s.pending()});
       ready_.push_back(r.get());
     } else {
-      drawing_.push_back(r.get());  // the logits are there already
+      drawing_.push_back(r.get());
     }
   }
-  for (size_t i = 0; i < drawing_.size(); i += kMaxRows)
-    sample({drawing_.data() + i, std::min<size_t>(kMaxRows, drawing_.size() - i)});
+  if (!drawing_.empty()) {  // a step of its own: the logits are there already
+    for (size_t i = 0; i < drawing_.size(); i += kMaxRows) {
+      std::span<Record* const> rows(drawing_.data() + i,
+                                    std::min<size_t>(kMaxRows, drawing_.size() - i));
+      try {
+        draw(rows);
+      } catch (const std::exception& error) {
+        poison(rows, error.what());
+      }
+      settle(ahead_ ? 1 : 0);
+    }
+    return true;
+  }
 
   StepPlan plan = plan_step(work_, last_was_prefill_, turn_++);
-  if (plan.kind == StepPlan::Kind::none) return !drawing_.empty();
+  if (plan.kind == StepPlan::Kind::none) {
+    bool collected = draws_ > 0;
+    settle();
+    return collected;
+  }
   last_was_prefill_ = plan.kind == StepPlan::Kind::prefill;
-  drawing_.clear();
   for (int i = 0; i < plan.rows; ++i)
     drawing_.push_back(ready_[static_cast<size_t>(plan.keys[static_cast<size_t>(i)])]);
+  int older = draws_;
   try {
     last_was_prefill_ ? prefill_step(*drawing_[0], plan.tokens) : decode_step(drawing_);
   } catch (const std::exception& error) {
+    settle();  // what was drawn before the error is good
     poison(drawing_, error.what());
+  }
+  settle(ahead_ && draws_ > older ? 1 : 0);
+  return true;
+}
+
+// Whether the next step needs to know what was drawn last: a request is stopped behind its newest
+// token, and penalties count it. One such row makes all of them wait, so that they stay one batch.
+bool Engine::must_settle() const {
+  if (draws_ == 0) return false;
+  const auto& rows = outstanding_[0];
+  return std::any_of(rows.begin(), rows.end(), [](const Record* r) {
+    return r->running && (r->stop.load() || r->request.sampling.penalized());
+  });
+}
+
+// Whether a step may feed the token that `r` is still drawing: not when the request certainly ends
+// with it. Makes room for it.
+bool Engine::may_run_ahead(Record& r) {
+  int length = r.session.position() + 1;
+  if (r.drawn + 1 >= r.request.max_tokens || length >= options_.max_context) return false;
+  try {
+    manager_->grow(r.session, length);
+  } catch (const std::exception&) {
+    return false;  // accept() meets it again and reports it
   }
   return true;
 }
@@ -264,7 +323,7 @@ void Engine::prefill_step(Record& r, int tokens) {
   r.prompt = false;
   if (r.request.draw) {
     Record* one = &r;
-    sample({&one, 1});
+    draw({&one, 1});
   } else {
     finish(r, Finish::length);
   }
@@ -275,43 +334,65 @@ void Engine::decode_step(std::span<Record* const> rows) {
   for (Record* r : rows) {
     Session& s = r->session;
     s.has_logits = false;
-    decode_rows_.push_back(
-        {s.slot, s.generation, s.computed, s.tokens[static_cast<size_t>(s.computed)], s.pages});
+    int32_t token = r->draws > 0 ? kLastDrawn : s.tokens[static_cast<size_t>(s.computed)];
+    decode_rows_.push_back({s.slot, s.generation, s.computed, token, s.pages});
   }
   pipeline_->decode(decode_rows_);
   for (Record* r : rows) {
-    ++r->session.computed;
+    ++r->session.computed;  // one more than there are tokens, until settle() in the same step
     r->session.has_logits = true;
   }
   ++stats_.decode_steps;
   stats_.decode_tokens += static_cast<int64_t>(rows.size());
   stats_.max_decode_rows = std::max(stats_.max_decode_rows, static_cast<int64_t>(rows.size()));
-  sample(rows);
+  draw(rows);
 }
 
-void Engine::sample(std::span<Record* const> rows) {
+void Engine::draw(std::span<Record* const> rows) {
   sample_rows_.clear();
   for (Record* r : rows) {
-    std::span<const int32_t> timeline(r->session.tokens);
-    sample_rows_.push_back({r->session.slot, &r->request.sampling, timeline,
-                            timeline.subspan(static_cast<size_t>(r->session.reply_begin))});
+    const Session& s = r->session;
+    std::span<const int32_t> timeline(s.tokens);
+    sample_rows_.push_back({.slot = s.slot,
+                            .position = s.computed,
+                            .sampling = &r->request.sampling,
+                            .timeline = timeline,
+                            .reply = timeline.subspan(static_cast<size_t>(s.reply_begin))});
   }
+  pipeline_->last().draw(sample_rows_);
+  outstanding_[static_cast<size_t>(draws_++)].assign(rows.begin(), rows.end());
+  for (Record* r : rows) ++r->draws;
+}
+
+void Engine::settle(int keep) {
+  while (draws_ > keep) collect();
+}
+
+void Engine::collect() {
+  std::vector<Record*>& rows = outstanding_[0];
   std::span results(results_.data(), rows.size());
+  --draws_;
+  for (Record* r : rows) --r->draws;
   try {
-    pipeline_->last().sample(sample_rows_, results);
+    pipeline_->last().collect(results);
+    for (size_t i = 0; i < rows.size(); ++i) accept(*rows[i], results[i]);
   } catch (const std::exception& error) {
     poison(rows, error.what());
-    return;
   }
-  for (size_t i = 0; i < rows.size(); ++i) accept(*rows[i], results[i]);
+  std::swap(outstanding_[0], outstanding_[1]);
 }
 
 void Engine::accept(Record& r, const SampleResult& result) {
-  if (!result.finite) {
-    Record* one = &r;
-    poison({&one, 1}, concat("a logit at position ", r.session.computed - 1, " is not finite"));
-    return;
-  }
+  Record* one = &r;
+  if (result.stale)
+    return poison({&one, 1}, concat("slot ", r.session.slot, " no longer has generation ",
+                                    r.session.generation,
+                                    ", which the step named; nothing was "
+                                    "written"));
+  if (!r.running) return;  // it ended with the token before; this one is nobody's
+  if (!result.finite)
+    return poison({&one, 1},
+                  concat("a logit at position ", r.session.position() - 1, " is not finite"));
   const Request& request = r.request;
   Session& s = r.session;
   s.tokens.push_back(result.token);
@@ -332,7 +413,6 @@ void Engine::accept(Record& r, const SampleResult& result) {
     try {
       manager_->grow(s, s.position());
     } catch (const std::exception& error) {
-      Record* one = &r;
       poison({&one, 1}, error.what());
     }
   }
@@ -341,7 +421,7 @@ void Engine::accept(Record& r, const SampleResult& result) {
 void Engine::finish(Record& r, Finish why, const std::string& error) {
   r.running = false;
   r.finish = why;
-  if (why == Finish::error) r.poison = error;
+  if (why == Finish::error && r.poison.empty()) r.poison = error;  // the first says most
 }
 
 void Engine::poison(std::span<Record* const> rows, const std::string& error) {
@@ -384,8 +464,9 @@ std::string Engine::poisoned(SessionId id) const {
   return record(id).poison;
 }
 
-void Engine::logits(SessionId id, std::span<float> to) const {
+void Engine::logits(SessionId id, std::span<float> to) {
   std::lock_guard lock(mutex_);
+  settle();
   Record& r = record(id);
   require(static_cast<int>(to.size()) == vocab_size_, "logits need a buffer of ", vocab_size_,
           " floats, got ", to.size());
@@ -393,8 +474,9 @@ void Engine::logits(SessionId id, std::span<float> to) const {
   pipeline_->last().read_logits(r.session.slot, to);
 }
 
-Engine::Snapshot Engine::save(SessionId id) const {
+Engine::Snapshot Engine::save(SessionId id) {
   std::lock_guard lock(mutex_);
+  settle();
   Record& r = idle(id, "save");
   require(r.poison.empty(), "session ", id, " is poisoned (", r.poison, "); it cannot be saved");
   const Session& s = r.session;
@@ -403,6 +485,7 @@ Engine::Snapshot Engine::save(SessionId id) const {
 
 void Engine::load(SessionId id, const Snapshot& snapshot) {
   std::lock_guard lock(mutex_);
+  settle();
   Record& r = idle(id, "load into");
   Session& s = r.session;
   auto length = static_cast<int>(snapshot.tokens.size());

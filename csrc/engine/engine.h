@@ -4,8 +4,15 @@
 // Threads: any thread may call anything. Calls are served one at a time in the order they came,
 // between two steps; stop() never waits. Errors of a step poison the sessions in it, and them
 // alone, until reset().
+//
+// One step ahead: a backend that only enqueues computes a step while the engine prepares the next,
+// so a draw is collected after the step behind it was enqueued. That step feeds the drawn token
+// without having seen it. If it then ends the request (end of text, stop id), it was computed all
+// the same; what was drawn after it is dropped. Whatever looks at a session or changes one collects
+// what is outstanding first.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <map>
@@ -57,6 +64,7 @@ struct EngineStats {
   int64_t prefill_tokens = 0, prefill_steps = 0, decode_tokens = 0, decode_steps = 0;
   int64_t max_decode_rows = 0, sessions_opened = 0, sessions_open = 0;
   int64_t slots_used = 0, pages_used = 0, pages_total = 0;
+  std::map<std::string, int64_t> backend;  // whatever the backends count
 };
 
 class Engine {
@@ -80,7 +88,7 @@ class Engine {
 
   void submit(SessionId id, const Request& request);
   // Until every one of `ids` (with `any`: one of them) has no running request, or has `tokens` (>
-  // 0) tokens to poll; false when `interrupt` was raised first.
+  // 0) tokens to poll; false when `interrupt` was raised first. Nothing is outstanding afterwards.
   bool run(std::span<const SessionId> ids, int tokens, bool any,
            const std::atomic<bool>* interrupt);
   // One step for whoever has work; false when nobody has.
@@ -90,7 +98,7 @@ class Engine {
   std::vector<int32_t> tokens(SessionId id) const;
   int position(SessionId id) const;
   std::string poisoned(SessionId id) const;
-  void logits(SessionId id, std::span<float> to) const;
+  void logits(SessionId id, std::span<float> to);
 
   struct Snapshot {
     std::vector<int32_t> tokens;
@@ -98,7 +106,7 @@ class Engine {
     bool has_logits = false;
     std::vector<MutableStateManager::SavedBuffer> buffers;
   };
-  Snapshot save(SessionId id) const;
+  Snapshot save(SessionId id);
   void load(SessionId id, const Snapshot& snapshot);
 
  private:
@@ -110,7 +118,11 @@ class Engine {
   bool step_locked();
   void prefill_step(Record& record, int tokens);
   void decode_step(std::span<Record* const> rows);
-  void sample(std::span<Record* const> rows);
+  void draw(std::span<Record* const> rows);
+  bool may_run_ahead(Record& record);
+  bool must_settle() const;
+  void settle(int keep = 0);  // collects draws, the oldest first, until `keep` are outstanding
+  void collect();
   void accept(Record& record, const SampleResult& result);
   void finish(Record& record, Finish why, const std::string& error = {});
   void poison(std::span<Record* const> rows, const std::string& error);
@@ -125,6 +137,11 @@ class Engine {
   mutable std::mutex names_mutex_;  // records_ as a map; taken for a look-up only
   std::map<SessionId, std::unique_ptr<Record>> records_;
   SessionId next_id_ = 1;
+
+  // Draws not collected yet, the oldest first: at most the newest between two calls.
+  std::array<std::vector<Record*>, 2> outstanding_;
+  int draws_ = 0;
+  const bool ahead_;
 
   bool last_was_prefill_ = false;
   unsigned turn_ = 0;

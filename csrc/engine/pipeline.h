@@ -33,6 +33,16 @@ class Pipeline {
     return total;
   }
 
+  std::map<std::string, int64_t> counters() const {
+    std::map<std::string, int64_t> total;
+    for (const auto& shard : shards_)
+      for (const auto& [name, count] : shard->counters()) total[name] += count;
+    return total;
+  }
+
+  // Several shards hand the residual stream over on the host, which waits for it.
+  bool ahead() const { return shards_.size() == 1 && shards_.back()->ahead(); }
+
   void prefill(const PrefillStep& step) {
     for_each([&](Backend& shard, const Handoff* input) { shard.prefill(step, input); });
   }

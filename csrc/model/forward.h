@@ -15,9 +15,9 @@ struct LayerState {
 
 enum class Phase { prefill, decode };
 
-template <OpSet Ops, class Act = typename Ops::Act>
+template <OpSet Ops, class Act = typename Ops::Act, class In = typename Ops::In>
 void forward_layers(Ops& ops, const ShardWeights& weights, const std::vector<LayerState>& state,
-                    const Buffers<Act>& b, const StepRows& rows, Phase phase) {
+                    const Buffers<Act, In>& b, const StepRows& rows, Phase phase) {
   if (weights.first)
     ops.embed({.hidden = b.hidden, .embed_tokens = weights.embed_tokens, .rows = rows});
   for (size_t i = 0; i < weights.layers.size(); ++i) {
@@ -26,25 +26,26 @@ void forward_layers(Ops& ops, const ShardWeights& weights, const std::vector<Lay
                       .proj_stride = b.proj_stride,
                       .hidden = b.hidden,
                       .layer = layer,
-                      .rows = rows.rows});
+                      .conv_state = state[i].conv_state,
+                      .rows = rows});
     if (layer.type == LayerType::linear_attention) {
-      GatedDeltaArgs<Act> args{.core = b.core,
-                               .core_stride = layer.out_proj.spec.k,
-                               .proj = b.proj,
-                               .proj_stride = b.proj_stride,
-                               .conv_state = state[i].conv_state,
-                               .recurrent_state = state[i].recurrent_state,
-                               .layer = layer,
-                               .rows = rows};
+      GatedDeltaArgs<Act, In> args{.core = b.core,
+                                   .core_stride = layer.out_proj.spec.k,
+                                   .proj = b.proj,
+                                   .proj_stride = b.proj_stride,
+                                   .conv_state = state[i].conv_state,
+                                   .recurrent_state = state[i].recurrent_state,
+                                   .layer = layer,
+                                   .rows = rows};
       phase == Phase::prefill ? ops.gated_delta_prefill(args) : ops.gated_delta_step(args);
     } else {
-      AttentionArgs<Act> args{.core = b.core,
-                              .core_stride = layer.out_proj.spec.k,
-                              .proj = b.proj,
-                              .proj_stride = b.proj_stride,
-                              .kv = state[i].kv,
-                              .layer = layer,
-                              .rows = rows};
+      AttentionArgs<Act, In> args{.core = b.core,
+                                  .core_stride = layer.out_proj.spec.k,
+                                  .proj = b.proj,
+                                  .proj_stride = b.proj_stride,
+                                  .kv = state[i].kv,
+                                  .layer = layer,
+                                  .rows = rows};
       phase == Phase::prefill ? ops.attention_prefill(args) : ops.attention_step(args);
     }
     ops.out_proj_residual({.hidden = b.hidden,
@@ -59,17 +60,15 @@ void forward_layers(Ops& ops, const ShardWeights& weights, const std::vector<Lay
                             .hidden = b.hidden,
                             .layer = layer,
                             .rows = rows.rows});
-    ops.routed_gate_up({.routed = b.routed,
-                        .router = b.router,
-                        .normed = b.normed,
-                        .layer = layer,
-                        .rows = rows.rows});
+    ops.routed_gate_up(
+        {.routed = b.routed, .router = b.router, .normed = b.normed, .layer = layer, .rows = rows});
     ops.down_combine_residual({.hidden = b.hidden,
                                .routed = b.routed,
+                               .router = b.router,
                                .shared_scale = b.shared_scale,
                                .shared = b.shared,
                                .layer = layer,
-                               .rows = rows.rows});
+                               .rows = rows});
   }
 }
 

@@ -1,8 +1,9 @@
 // The ops a backend must have, one Args struct each: the shape contract.
 //
 // An op is one dependent phase: it may use every core or SM inside, and the next op needs all of
-// its result. A layer is six of them. `Act` is the element type activations have on the backend
-// (float on the CPU). Ops never see sessions: a row names the slot and the pages it may touch.
+// its result. A layer is six of them. `Act` is the element type that sums have on the backend, `In`
+// that of values which meet a weight next (both float on the CPU). Ops never see sessions: a row
+// names the slot and the pages it may touch.
 #pragma once
 
 #include <concepts>
@@ -32,7 +33,7 @@ struct StepRows {
 struct SlotArray {
   float* data = nullptr;
   int64_t stride = 0;  // in floats
-  float* at(int slot) const { return data + slot * stride; }
+  constexpr float* at(int slot) const { return data + slot * stride; }
 };
 
 // One attention layer's KV: page p at data + p * page_stride, K [kv_heads, 64, head_dim] then V
@@ -44,17 +45,17 @@ struct PagedKv {
 };
 
 // Activations that pass between ops; allocated once for the largest step.
-template <class Act>
+template <class Act, class In = Act>
 struct Buffers {
   Act* hidden = nullptr;  // [rows, hidden] the residual stream
   Act* proj = nullptr;    // [rows, proj_stride] in_proj output: q|k|v|z|b|a, or q+gate|k|v
   int64_t proj_stride = 0;
-  Act* core = nullptr;      // [rows, value_dim or attention_dim] gated output of the token mixer
-  Act* normed = nullptr;    // [rows, hidden] input of router, shared and routed experts
+  In* core = nullptr;       // [rows, value_dim or attention_dim] gated output of the token mixer
+  In* normed = nullptr;     // [rows, hidden] input of router, shared and routed experts
   float* router = nullptr;  // [rows, num_experts] logits
   float* shared_scale = nullptr;  // [rows] shared_expert_gate before the sigmoid
-  Act* shared = nullptr;          // [rows, shared_intermediate] silu(gate) * up
-  Act* routed = nullptr;  // [rows * num_experts_per_tok, moe_intermediate], in the backend's order
+  In* shared = nullptr;           // [rows, shared_intermediate] silu(gate) * up
+  In* routed = nullptr;  // [rows * num_experts_per_tok, moe_intermediate], in the backend's order
 };
 
 template <class Act>
@@ -70,12 +71,15 @@ struct NormInProjArgs {  // RMSNorm, then every projection of the token mixer
   int64_t proj_stride;
   const Act* hidden;  // [rows, hidden]
   const LayerWeights& layer;
-  int rows;
+  // A backend may run the causal conv here, where each channel has one owner, and advance the
+  // window.
+  SlotArray conv_state;
+  const StepRows& rows;
 };
 
-template <class Act>
+template <class Act, class In = Act>
 struct GatedDeltaArgs {  // conv + SiLU, L2 norm, gated delta rule, gated RMSNorm
-  Act* core;             // [rows, value_dim]
+  In* core;              // [rows, value_dim]
   int64_t core_stride;
   const Act* proj;  // [rows, q|k|v|z|b|a]
   int64_t proj_stride;
@@ -85,9 +89,9 @@ struct GatedDeltaArgs {  // conv + SiLU, L2 norm, gated delta rule, gated RMSNor
   const StepRows& rows;
 };
 
-template <class Act>
+template <class Act, class In = Act>
 struct AttentionArgs {  // q/k norm, RoPE, KV append, attention, sigmoid output gate
-  Act* core;            // [rows, attention_dim]
+  In* core;             // [rows, attention_dim]
   int64_t core_stride;
   const Act* proj;  // [rows, (q|gate) per head | k | v]
   int64_t proj_stride;
@@ -96,43 +100,44 @@ struct AttentionArgs {  // q/k norm, RoPE, KV append, attention, sigmoid output 
   const StepRows& rows;
 };
 
-template <class Act>
+template <class Act, class In = Act>
 struct OutProjArgs {  // hidden += out_proj(core)
   Act* hidden;
-  const Act* core;  // [rows, weight.k]
+  const In* core;  // [rows, weight.k]
   int64_t core_stride;
   const WeightView& weight;
   int rows;
 };
 
-template <class Act>
+template <class Act, class In = Act>
 struct NormRouterSharedArgs {  // RMSNorm, router logits, shared expert gate and gate/up
-  Act* normed;
+  In* normed;
   float* router;
   float* shared_scale;
-  Act* shared;
+  In* shared;
   const Act* hidden;
   const LayerWeights& layer;
   int rows;
 };
 
-template <class Act>
+template <class Act, class In = Act>
 struct RoutedGateUpArgs {  // top-k of the softmax, renormalised; silu(gate) * up of each pick
-  Act* routed;
+  In* routed;
   const float* router;
-  const Act* normed;
+  const In* normed;
   const LayerWeights& layer;
-  int rows;
+  const StepRows& rows;
 };
 
-template <class Act>
+template <class Act, class In = Act>
 struct DownCombineArgs {  // hidden += sum over ranks of weight * down + sigmoid(scale) * shared
   Act* hidden;
-  const Act* routed;
+  const In* routed;
+  const float* router;  // the picks again, where the op works them out itself
   const float* shared_scale;
-  const Act* shared;
+  const In* shared;
   const LayerWeights& layer;
-  int rows;
+  const StepRows& rows;
 };
 
 template <class Act>
@@ -145,23 +150,24 @@ struct LmHeadArgs {   // final RMSNorm and vocabulary projection of some rows
   int rows;
 };
 
-template <class Ops, class Act = typename Ops::Act>
-concept OpSet = requires(Ops& ops, const EmbedArgs<Act>& embed, const NormInProjArgs<Act>& in,
-                         const GatedDeltaArgs<Act>& delta, const AttentionArgs<Act>& attention,
-                         const OutProjArgs<Act>& out, const NormRouterSharedArgs<Act>& router,
-                         const RoutedGateUpArgs<Act>& up, const DownCombineArgs<Act>& down,
-                         const LmHeadArgs<Act>& head) {
-  ops.embed(embed);
-  ops.norm_in_proj(in);
-  ops.gated_delta_step(delta);     // one token per row, rows of different slots
-  ops.gated_delta_prefill(delta);  // consecutive tokens of one slot, chunks of 64
-  ops.attention_step(attention);
-  ops.attention_prefill(attention);
-  ops.out_proj_residual(out);
-  ops.norm_router_shared(router);
-  ops.routed_gate_up(up);
-  ops.down_combine_residual(down);
-  ops.lm_head(head);
-};
+template <class Ops, class Act = typename Ops::Act, class In = typename Ops::In>
+concept OpSet =
+    requires(Ops& ops, const EmbedArgs<Act>& embed, const NormInProjArgs<Act>& in,
+             const GatedDeltaArgs<Act, In>& delta, const AttentionArgs<Act, In>& attention,
+             const OutProjArgs<Act, In>& out, const NormRouterSharedArgs<Act, In>& router,
+             const RoutedGateUpArgs<Act, In>& up, const DownCombineArgs<Act, In>& down,
+             const LmHeadArgs<Act>& head) {
+      ops.embed(embed);
+      ops.norm_in_proj(in);
+      ops.gated_delta_step(delta);     // one token per row, rows of different slots
+      ops.gated_delta_prefill(delta);  // consecutive tokens of one slot, chunks of 64
+      ops.attention_step(attention);
+      ops.attention_prefill(attention);
+      ops.out_proj_residual(out);
+      ops.norm_router_shared(router);
+      ops.routed_gate_up(up);
+      ops.down_combine_residual(down);
+      ops.lm_head(head);
+    };
 
 }  // namespace qwen_moe

@@ -22,19 +22,27 @@ struct Sampling {
   int logprobs = -1;  // -1: none; n: of the drawn token and of the n likeliest
 
   void validate() const;  // InvalidArgument naming the setting
+  // Penalties count the tokens so far, so that the host must know every one of them.
+  bool penalized() const {
+    return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0;
+  }
 };
 
 // One draw: from the logits of `slot`. The random number depends on seed and position alone.
 struct SampleRow {
   int slot = 0;
+  int position = 0;  // tokens in the timeline before this draw: where the drawn one goes
   const Sampling* sampling = nullptr;
-  std::span<const int32_t> timeline;  // prompt and reply
+  // Prompt and reply. Without penalties the newest token may be missing: the engine runs a step
+  // ahead of what it knows.
+  std::span<const int32_t> timeline;
   std::span<const int32_t> reply;
 };
 
 struct SampleResult {
   int32_t token = -1;
   bool finite = true;  // false: a logit was NaN or infinite, and nothing was drawn
+  bool stale = false;  // the step named a generation that the slot no longer has; nothing written
   float logprob = 0;   // of `token`, from the raw logits at temperature 1
   int top_count = 0;
   std::pair<int32_t, float> top[kMaxLogprobs];  // likeliest first

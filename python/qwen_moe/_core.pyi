@@ -12,6 +12,13 @@ from typing_extensions import Buffer
 __version__: str
 
 def cuda_available() -> bool: ...
+def cuda_device_info(device: int) -> dict[str, str]:
+    """Facts of a GPU for reports: its `name`, and what else tells two machines apart. DeviceError
+    when it is not there."""
+
+def cuda_read_bandwidth(device: int) -> float:
+    """Bytes per second of a plain read of the GPU's memory: the ceiling of decode."""
+
 def isa() -> str:
     """The instruction set that the CPU kernels use: portable, avx2 or avx512."""
 
@@ -210,9 +217,11 @@ class Engine:
         kv_dtype: str,
         eos_token_ids: Sequence[int],
         poison: bool = False,
+        cuda_graph: bool = True,
     ) -> None:
         """Allocates all state at once. CapacityError with the numbers when it cannot fit. `poison`
-        fills freed state with NaN, so that a leak between sessions shows at once."""
+        fills freed state with NaN, so that a leak between sessions shows at once. `cuda_graph`
+        False launches the same kernels one by one."""
     @property
     def max_sessions(self) -> int: ...
     @property
@@ -229,7 +238,7 @@ class Engine:
     @property
     def stats(self) -> dict[str, int]:
         """Counters: sessions_open, prefill_tokens, prefill_steps, decode_tokens, decode_steps,
-        max_decode_rows, pages_used, pages_total, slots_used."""
+        max_decode_rows, pages_used, pages_total, slots_used; on CUDA also what its graphs did."""
     def open(self) -> int: ...
     def close(self, session: int) -> None: ...
     def reset(self, session: int) -> None: ...
@@ -253,8 +262,9 @@ class Engine:
     def run(self, sessions: Sequence[int], *, tokens: int = 0, any: bool = False) -> None:
         """Steps the engine until all of `sessions` (or with `any`, one of them) have no request
         running, or hold at least `tokens` (> 0) tokens not yet polled. Steps serve every session
-        with work. Raises KeyboardInterrupt within one step of Ctrl-C; requests then stay where
-        they are."""
+        with work. On CUDA the engine is one step ahead of the tokens that it knows, so a session
+        may hold one more than was asked for. Raises KeyboardInterrupt within one step of Ctrl-C;
+        requests then stay where they are."""
     def poll(self, session: int) -> Progress: ...
     def position(self, session: int) -> int:
         """Tokens in the timeline: where the next one goes."""
@@ -262,7 +272,8 @@ class Engine:
     def poisoned(self, session: int) -> str:
         """The error that poisoned the session until reset, or ""."""
     def logits(self, session: int, out: Buffer) -> None:
-        """Writes float32 [vocab_size] of the last position computed, or InvalidArgument."""
+        """Writes float32 [vocab_size] of the last position computed, or InvalidArgument. Waits
+        until it is computed."""
     def export_state(self, session: int) -> list[tuple[str, str, list[int], bytearray]]:
         """(fqn, dtype, shape, bytes) of every mutable buffer, per-token ones cut to what is
         computed, and the timeline itself as `tokens` and `marks` (int32)."""

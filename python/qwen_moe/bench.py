@@ -1,4 +1,7 @@
-"""`qwen-moe bench`: prefill and decode, against the read bandwidth measured in the same run."""
+"""`qwen-moe bench`: prefill and decode, against the read bandwidth measured in the same run.
+
+What differs on a GPU is in `bench_gpu`.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_moe import _core
+from qwen_moe import _core, bench_gpu
 from qwen_moe.engine import Engine
 from qwen_moe.errors import InvalidArgument
+from qwen_moe.placement import resolve_devices
 from qwen_moe.sampling import SamplingParams
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -46,7 +50,32 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_theta": 10000000, "partial_rotary_factor": 0.25},
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
-    }
+    },
+    "35b-a3b": {  # the dimensions of Qwen3.6-35B-A3B
+        "model_type": "qwen3_5_moe_text",
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "vocab_size": 248320,
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "full_attention_interval": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "max_position_embeddings": 262144,
+        "rope_parameters": {"rope_theta": 10000000, "partial_rotary_factor": 0.25},
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    },
 }
 
 
@@ -86,10 +115,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=("none", "int8", "int4", "int4-all"), default="int4")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all CPUs")
-    parser.add_argument("--batch", type=_batches, default=[1, 2, 4, 8], metavar="N,N,...")
+    parser.add_argument(
+        "--batch", type=_batches, metavar="N,N,...", help="default: 1,2,4,8; to 64 on a GPU"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N")
     parser.add_argument("--decode-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--repeat", type=int, default=3, metavar="N")
+    parser.add_argument(
+        "--long-context",
+        type=int,
+        metavar="N",
+        help="on a GPU: also decode one session behind N tokens",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
 
 
@@ -100,24 +137,49 @@ def run(args: argparse.Namespace) -> None:
             "--prompt-tokens and --repeat must be at least 1, --decode-tokens at least 2"
         )
     threads = args.threads or len(os.sched_getaffinity(0))
+    gpu = resolve_devices(args.device, None)[0] != "cpu"
+    if args.long_context is not None and (not gpu or args.long_context < 1):
+        raise InvalidArgument("--long-context takes a positive number, and a GPU")
     with tempfile.TemporaryDirectory() as scratch:
         path, dummy = _source(args, Path(scratch))
-        with Engine(
-            path,
-            device=args.device,
-            quantize=None if args.quantize == "none" else args.quantize,
-            threads=threads,
-            max_sessions=max(args.batch),
-            max_context=args.prompt_tokens + args.decode_tokens,
-            load_format="dummy" if dummy else "auto",
-        ) as engine:
-            reads, measured = measure(
-                engine, args.batch, args.prompt_tokens, args.decode_tokens, args.repeat, threads
+        settings: dict[str, Any] = {
+            "path": path,
+            "device": args.device,
+            "quantize": None if args.quantize == "none" else args.quantize,
+            "threads": threads,
+            "load_format": "dummy" if dummy else "auto",
+        }
+        if gpu:
+            if max(args.batch or [1]) > bench_gpu.MAX_ROWS:
+                raise InvalidArgument(f"--batch takes at most {bench_gpu.MAX_ROWS} on a GPU")
+            plan = bench_gpu.Plan(
+                batches=args.batch or [1, 2, 4, 8, 16, 32, 64],
+                prompt_tokens=args.prompt_tokens,
+                decode_tokens=args.decode_tokens,
+                repeat=args.repeat,
+                long_context=args.long_context or 0,
             )
-            report = _report(args, engine, threads, reads, measured)
+            with Engine(**settings, max_sessions=plan.sessions, max_context=plan.context) as engine:
+                figures = bench_gpu.measure(
+                    engine, plan, decode_bytes(engine), lambda **more: Engine(**settings, **more)
+                )
+                report = _head(args, engine, threads) | figures
+            text = bench_gpu.table(report)
+        else:
+            batches = args.batch or [1, 2, 4, 8]
+            with Engine(
+                **settings,
+                max_sessions=max(batches),
+                max_context=args.prompt_tokens + args.decode_tokens,
+            ) as engine:
+                reads, measured = measure(
+                    engine, batches, args.prompt_tokens, args.decode_tokens, args.repeat, threads
+                )
+                report = _head(args, engine, threads) | _figures(engine, reads, measured)
+            text = table(report)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))
+    print(text)
 
 
 def measure(
@@ -253,15 +315,8 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _report(
-    args: argparse.Namespace,
-    engine: Engine,
-    threads: int,
-    reads: Sequence[float],
-    measured: Sequence[Measurement],
-) -> dict[str, Any]:
-    each = decode_bytes(engine)
-    alone = next((m for m in measured if m.batch == 1), None)
+def _head(args: argparse.Namespace, engine: Engine, threads: int) -> dict[str, Any]:
+    """What was run, and where."""
     return {
         "machine": {
             "cpu": cpu_model(),
@@ -277,6 +332,16 @@ def _report(
         "prompt_tokens": args.prompt_tokens,
         "decode_tokens": args.decode_tokens,
         "repeat": args.repeat,
+    }
+
+
+def _figures(
+    engine: Engine, reads: Sequence[float], measured: Sequence[Measurement]
+) -> dict[str, Any]:
+    """What came out, on CPUs."""
+    each = decode_bytes(engine)
+    alone = next((m for m in measured if m.batch == 1), None)
+    return {
         "read_bandwidth": statistics.median(reads),
         "weight_bytes_per_token": each,
         "decode_bandwidth": alone and alone.decode_tokens_per_second * each,

@@ -75,6 +75,7 @@ class Engine:
         threads: int | None = None,
         progress: bool | None = None,
         poison: bool = False,
+        cuda_graph: bool = True,
     ) -> None:
         """Open a checkpoint and load its weights.
 
@@ -94,6 +95,8 @@ class Engine:
             threads: CPU threads; None takes all that the process may use.
             progress: Show a progress bar on stderr; None shows it on a terminal.
             poison: Fill freed state with NaN, so that a leak between sessions shows at once.
+            cuda_graph: On CUDA, replay every decode step as one captured graph. False launches the
+                same kernels one by one; same bits. Other devices ignore it.
 
         Raises:
             FormatError: A file or tensor of the checkpoint is missing, broken or does not fit.
@@ -138,6 +141,7 @@ class Engine:
             kv_dtype=kv_dtype,
             eos_token_ids=self.eos_token_ids,
             poison=poison,
+            cuda_graph=cuda_graph,
         )
 
     def __enter__(self) -> Engine:
@@ -202,7 +206,10 @@ class Engine:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counters since it opened: tokens and steps of prefill and decode, sessions, pages."""
+        """Counters since it opened: tokens and steps of prefill and decode, sessions, pages.
+
+        On CUDA also what the graphs of the decode steps did: captures, replays, uses of each size.
+        """
         return self.core.stats
 
     @property

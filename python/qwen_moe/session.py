@@ -110,7 +110,8 @@ class Session:
         """float32 [vocab_size] on the CPU, of the last position computed; a copy.
 
         That is the last token of the prompt after `prefill`, and the token before the drawn one
-        after `decode`: the logits it was drawn from.
+        after `decode`: the logits it was drawn from. After `generate` it may be the token that
+        ended the reply: a GPU has computed it before the engine knew that it was the last.
 
         Raises:
             InvalidArgument: Nothing was computed yet.

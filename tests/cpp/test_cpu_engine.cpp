@@ -1,6 +1,7 @@
 // The engine over the CPU backend and a small model of random weights.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -52,6 +53,61 @@ ModelConfig small_config() {
   return c;
 }
 
+// The CPU backend as if its draws came late: the host sees a token only when it collects it.
+class LateBackend : public Backend {
+ public:
+  explicit LateBackend(std::unique_ptr<Backend> inner) : inner_(std::move(inner)) {}
+
+  bool ahead() const override { return true; }
+  void decode(std::span<const DecodeRow> rows, const Handoff* input) override {
+    std::copy(rows.begin(), rows.end(), rows_.begin());
+    for (DecodeRow& row : std::span(rows_).first(rows.size()))
+      if (row.token == kLastDrawn) row.token = last_drawn_[static_cast<size_t>(row.slot)];
+    inner_->decode(std::span(rows_).first(rows.size()), input);
+  }
+  void draw(std::span<const SampleRow> rows) override {
+    auto& results = drawn_[draws_++ % 2];
+    inner_->draw(rows);
+    inner_->collect(std::span(results).first(rows.size()));
+    for (size_t i = 0; i < rows.size(); ++i)
+      last_drawn_[static_cast<size_t>(rows[i].slot)] = results[i].token;
+  }
+  void collect(std::span<SampleResult> results) override {
+    std::copy_n(drawn_[collects_++ % 2].begin(), results.size(), results.begin());
+  }
+
+  const StateLayout& layout() const override { return inner_->layout(); }
+  void reserve(const ReserveOptions& options) override { inner_->reserve(options); }
+  std::map<std::string, size_t> memory() const override { return inner_->memory(); }
+  void prefill(const PrefillStep& step, const Handoff* input) override {
+    inner_->prefill(step, input);
+  }
+  Handoff hidden() const override { return inner_->hidden(); }
+  void read_logits(int slot, std::span<float> to) override { inner_->read_logits(slot, to); }
+  Discovered discover(int slot, int page) override { return inner_->discover(slot, page); }
+  void set_generation(int slot, uint32_t g) override { inner_->set_generation(slot, g); }
+  void clear_slot(int slot) override { inner_->clear_slot(slot); }
+  void copy_slot(int to, int from) override { inner_->copy_slot(to, from); }
+  void copy_page(int to, int from) override { inner_->copy_page(to, from); }
+  void poison_slot(int slot) override { inner_->poison_slot(slot); }
+  void poison_page(int page) override { inner_->poison_page(page); }
+  void read_buffer(size_t buffer, int slot, std::span<const int32_t> pages, int tokens,
+                   std::span<std::byte> to) override {
+    inner_->read_buffer(buffer, slot, pages, tokens, to);
+  }
+  void write_buffer(size_t buffer, int slot, std::span<const int32_t> pages, int tokens,
+                    std::span<const std::byte> from) override {
+    inner_->write_buffer(buffer, slot, pages, tokens, from);
+  }
+
+ private:
+  std::unique_ptr<Backend> inner_;
+  std::array<DecodeRow, kMaxRows> rows_;
+  std::array<std::array<SampleResult, kMaxRows>, 2> drawn_;
+  std::array<int32_t, 16> last_drawn_{};
+  size_t draws_ = 0, collects_ = 0;
+};
+
 struct Rig {
   Rig(Recipe recipe, std::vector<int> split, int threads = 2) {
     std::vector<std::shared_ptr<WeightHome>> homes(split.size() + 1, make_cpu_weight_home(threads));
@@ -62,6 +118,7 @@ struct Rig {
       shards.push_back(make_cpu_backend(
           {.model = model.get(), .shard = i, .kv_dtype = DType::bf16, .threads = threads}));
   }
+  void come_late() { shards[0] = std::make_unique<LateBackend>(std::move(shards[0])); }
   Engine& engine(EngineOptions options = {.max_sessions = 6, .max_context = 1024}) {
     const ModelConfig& c = model->config();
     made = std::make_unique<Engine>(model,
@@ -155,6 +212,37 @@ TEST_P(EveryRecipe, DecodingAllocatesNothing) {
   engine.run(ids, 4, false, nullptr);  // everybody is decoding
   long before = allocations;
   engine.run(ids, 150, false, nullptr);  // over several page boundaries
+  EXPECT_EQ(allocations - before, 0);
+}
+
+TEST_P(EveryRecipe, OneStepAheadHasTheBitsOfStepByStep) {
+  Rig late(GetParam(), {}), plain(GetParam(), {});
+  late.come_late();
+  Engine& ahead = late.engine();
+  Engine& single = plain.engine();
+  std::vector<SessionId> ids;
+  for (int i = 0; i < 6; ++i) {
+    ids.push_back(ahead.open());
+    ahead.submit(ids.back(), {.tokens = prompt(i, 3 + 61 * i), .draw = true, .max_tokens = 12});
+  }
+  ahead.run(ids, 0, false, nullptr);
+  for (int i = 0; i < 6; ++i)
+    EXPECT_EQ(collect(ahead, ids[static_cast<size_t>(i)]), alone(single, i)) << "session " << i;
+}
+
+TEST(CpuEngine, OneStepAheadAllocatesNothing) {
+  Rig rig(Recipe::int4, {});
+  rig.come_late();
+  Engine& engine = rig.engine();
+  std::vector<SessionId> ids{engine.open(), engine.open(), engine.open()};
+  for (SessionId id : ids)
+    engine.submit(id, {.tokens = prompt(1, 70),
+                       .draw = true,
+                       .sampling = {.temperature = 0.8, .top_k = 40, .logprobs = 3},
+                       .max_tokens = 200});
+  engine.run(ids, 4, false, nullptr);
+  long before = allocations;
+  engine.run(ids, 150, false, nullptr);
   EXPECT_EQ(allocations - before, 0);
 }
 

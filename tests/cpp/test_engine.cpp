@@ -1,38 +1,11 @@
 #include <gtest/gtest.h>
 
-#include <random>
 #include <thread>
 
-#include "engine/engine.h"
-#include "fake_backend.h"
+#include "engine_rig.h"
 
 namespace qwen_moe {
 namespace {
-
-struct Rig {
-  explicit Rig(EngineOptions options = {.max_sessions = 8, .max_context = 1024}) {
-    auto owned = std::make_unique<FakeBackend>();
-    backend = owned.get();
-    std::vector<std::unique_ptr<Backend>> shards;
-    shards.push_back(std::move(owned));
-    engine =
-        std::make_unique<Engine>(nullptr, fake_layout(), kFakeVocab, std::move(shards), options);
-  }
-  std::vector<int32_t> draw(SessionId id, std::vector<int32_t> tokens, int max_tokens) {
-    engine->submit(id, {.tokens = std::move(tokens), .draw = true, .max_tokens = max_tokens});
-    engine->run({&id, 1}, 0, false, nullptr);
-    return engine->poll(id).tokens;
-  }
-  FakeBackend* backend;
-  std::unique_ptr<Engine> engine;
-};
-
-std::vector<int32_t> prompt(int seed, int length) {
-  std::mt19937 random(static_cast<unsigned>(seed));
-  std::vector<int32_t> tokens;
-  for (int i = 0; i < length; ++i) tokens.push_back(static_cast<int32_t>(random() % kFakeVocab));
-  return tokens;
-}
 
 TEST(Dispatch, PrefillChunksEndOnTheGrid) {
   EXPECT_EQ(prefill_tokens(0, 10), 10);
@@ -63,7 +36,17 @@ TEST(Dispatch, MoreSessionsThanRowsAllGetTheirTurn) {
   for (int count : served) EXPECT_EQ(count, kMaxRows);
 }
 
-TEST(Engine, SessionsInABatchDrawWhatTheyDrawAlone) {
+// Everything holds on a backend that computes at once and on one that only enqueues.
+class EngineModes : public ::testing::TestWithParam<bool> {
+ protected:
+  void SetUp() override { Rig::deferred = GetParam(); }
+  void TearDown() override { Rig::deferred = false; }
+};
+INSTANTIATE_TEST_SUITE_P(Backends, EngineModes, ::testing::Bool(), [](const auto& info) {
+  return std::string(info.param ? "deferred" : "at_once");
+});
+
+TEST_P(EngineModes, SessionsInABatchDrawWhatTheyDrawAlone) {
   Rig together, alone;
   std::vector<SessionId> ids;
   for (int i = 0; i < 8; ++i) {
@@ -81,7 +64,7 @@ TEST(Engine, SessionsInABatchDrawWhatTheyDrawAlone) {
   }
 }
 
-TEST(Engine, ChunksDependOnTheSessionAlone) {
+TEST_P(EngineModes, ChunksDependOnTheSessionAlone) {
   Rig rig({.max_sessions = 2, .max_context = 2000});
   SessionId id = rig.engine->open();
   rig.draw(id, prompt(1, 100), 1);
@@ -91,7 +74,7 @@ TEST(Engine, ChunksDependOnTheSessionAlone) {
   EXPECT_EQ(rig.backend->chunks, (std::vector<Chunk>{{100, 412}, {512, 512}, {1024, 77}}));
 }
 
-TEST(Engine, SplitPromptsContinueTheTimeline) {
+TEST_P(EngineModes, SplitPromptsContinueTheTimeline) {
   Rig rig;
   SessionId whole = rig.engine->open(), pieces = rig.engine->open();
   auto tokens = prompt(3, 300);
@@ -102,7 +85,7 @@ TEST(Engine, SplitPromptsContinueTheTimeline) {
   EXPECT_EQ(rig.engine->tokens(pieces), rig.engine->tokens(whole));
 }
 
-TEST(Engine, ForkGoesOnLikeItsParent) {
+TEST_P(EngineModes, ForkGoesOnLikeItsParent) {
   Rig rig;
   SessionId a = rig.engine->open();
   rig.draw(a, prompt(4, 70), 3);
@@ -111,7 +94,7 @@ TEST(Engine, ForkGoesOnLikeItsParent) {
   EXPECT_EQ(rig.draw(b, {}, 12), from_a);
 }
 
-TEST(Engine, SavedSessionsGoOnInAnotherEngine) {
+TEST_P(EngineModes, SavedSessionsGoOnInAnotherEngine) {
   Rig rig, other;
   SessionId a = rig.engine->open();
   rig.draw(a, prompt(5, 90), 5);
@@ -122,7 +105,7 @@ TEST(Engine, SavedSessionsGoOnInAnotherEngine) {
   EXPECT_EQ(other.draw(b, {}, 12), rig.draw(a, {}, 12));
 }
 
-TEST(Engine, ClosedAndReopenedSlotsRememberNothing) {
+TEST_P(EngineModes, ClosedAndReopenedSlotsRememberNothing) {
   Rig rig({.max_sessions = 1, .max_context = 256, .eos_token_ids = {}, .poison = true});
   SessionId first = rig.engine->open();
   auto expected = rig.draw(first, prompt(6, 40), 8);
@@ -132,7 +115,7 @@ TEST(Engine, ClosedAndReopenedSlotsRememberNothing) {
   EXPECT_THROW(rig.engine->tokens(first), InvalidArgument);
 }
 
-TEST(Engine, RefusesBadRequestsAndChangesNothing) {
+TEST_P(EngineModes, RefusesBadRequestsAndChangesNothing) {
   Rig rig({.max_sessions = 1, .max_context = 64});
   SessionId id = rig.engine->open();
   EXPECT_THROW(rig.engine->open(), Capacity);
@@ -148,7 +131,7 @@ TEST(Engine, RefusesBadRequestsAndChangesNothing) {
   EXPECT_THROW(rig.engine->logits(id, logits), InvalidArgument);
 }
 
-TEST(Engine, EndsAtTheContextAndRefusesMore) {
+TEST_P(EngineModes, EndsAtTheContextAndRefusesMore) {
   Rig rig({.max_sessions = 1, .max_context = 64});
   SessionId id = rig.engine->open();
   rig.engine->submit(id, {.tokens = prompt(1, 60), .draw = true, .max_tokens = 100});
@@ -159,7 +142,7 @@ TEST(Engine, EndsAtTheContextAndRefusesMore) {
   EXPECT_THROW(rig.engine->submit(id, {.draw = true, .max_tokens = 1}), Capacity);
 }
 
-TEST(Engine, StopsAtStopTokens) {
+TEST_P(EngineModes, StopsAtStopTokens) {
   Rig rig;
   SessionId id = rig.engine->open();
   auto tokens = rig.draw(id, prompt(9, 20), 10);
@@ -174,7 +157,7 @@ TEST(Engine, StopsAtStopTokens) {
   EXPECT_EQ(progress.tokens, std::vector<int32_t>(tokens.begin(), first + 1));
 }
 
-TEST(Engine, AnErrorPoisonsTheSessionOfItsStepAlone) {
+TEST_P(EngineModes, AnErrorPoisonsTheSessionOfItsStepAlone) {
   Rig rig;
   SessionId good = rig.engine->open(), bad = rig.engine->open();
   rig.engine->submit(good, {.tokens = prompt(1, 10)});
@@ -197,7 +180,7 @@ TEST(Engine, AnErrorPoisonsTheSessionOfItsStepAlone) {
   EXPECT_EQ(rig.draw(bad, prompt(2, 10), 5), fresh.draw(fresh.engine->open(), prompt(2, 10), 5));
 }
 
-TEST(Engine, ANonFiniteLogitPoisonsOneRowOfABatch) {
+TEST_P(EngineModes, ANonFiniteLogitPoisonsOneRowOfABatch) {
   Rig rig;
   std::vector<SessionId> ids{rig.engine->open(), rig.engine->open()};
   rig.backend->disturb[2] = std::numeric_limits<float>::infinity();
@@ -208,7 +191,7 @@ TEST(Engine, ANonFiniteLogitPoisonsOneRowOfABatch) {
   EXPECT_NE(rig.engine->poisoned(ids[1]).find("not finite"), std::string::npos);
 }
 
-TEST(Engine, StopFromAnotherThreadEndsTheRunAtATokenBoundary) {
+TEST_P(EngineModes, StopFromAnotherThreadEndsTheRunAtATokenBoundary) {
   Rig rig({.max_sessions = 1, .max_context = 100000});
   SessionId id = rig.engine->open();
   std::atomic<int> steps{0};
@@ -228,7 +211,7 @@ TEST(Engine, StopFromAnotherThreadEndsTheRunAtATokenBoundary) {
   EXPECT_EQ(rig.draw(id, {}, 3).size(), 3u);
 }
 
-TEST(Engine, AStoppedPrefillGoesOnAsAPrompt) {
+TEST_P(EngineModes, AStoppedPrefillGoesOnAsAPrompt) {
   Rig rig({.max_sessions = 2, .max_context = 4096});
   SessionId id = rig.engine->open(), other = rig.engine->open();
   auto tokens = prompt(8, 2000);
@@ -239,7 +222,7 @@ TEST(Engine, AStoppedPrefillGoesOnAsAPrompt) {
   EXPECT_EQ(rig.draw(id, {}, 6), rig.draw(other, tokens, 6));
 }
 
-TEST(Engine, AnInterruptLeavesRequestsWhereTheyAre) {
+TEST_P(EngineModes, AnInterruptLeavesRequestsWhereTheyAre) {
   Rig rig;
   SessionId id = rig.engine->open(), other = rig.engine->open();
   auto expected = rig.draw(other, prompt(1, 10), 30);
@@ -254,7 +237,7 @@ TEST(Engine, AnInterruptLeavesRequestsWhereTheyAre) {
   EXPECT_EQ(rig.engine->poll(id).tokens, expected);
 }
 
-TEST(Engine, ThreadsWithASessionEachDrawWhatTheyDrawAlone) {
+TEST_P(EngineModes, ThreadsWithASessionEachDrawWhatTheyDrawAlone) {
   Rig rig({.max_sessions = 4, .max_context = 1024}), alone;
   std::vector<std::vector<int32_t>> drawn(4);
   std::vector<std::thread> threads;

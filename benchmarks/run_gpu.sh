@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Builds, tests and measures on a machine with an NVIDIA GPU, without a network: one command, one
+# table last. Needs nvcc, cmake, ninja, a Python with torch, scikit-build-core and pybind11, and for
+# the C++ tests GoogleTest (GTest_ROOT says where, if not installed).
+#
+#   benchmarks/run_gpu.sh [--sanitize] [--build DIR] [ARGUMENTS OF qwen-moe bench]
+#
+# A step that fails does not stop those that can still run; the exit status is 1 then.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+sanitize=false
+build=$PWD/build/gpu
+while (($#)); do
+  case $1 in
+    --sanitize) sanitize=true && shift ;;
+    --build) build=$(realpath -m "$2") && shift 2 ;;
+    --) shift && break ;;
+    *) break ;;
+  esac
+done
+mkdir -p "$build"
+jobs=$(nproc)
+
+rows=()
+failed=0
+record() { rows+=("$1|$2|$3"); } # step, outcome, seconds
+# step NAME COMMAND...: runs it; exit status 77 means skipped.
+step() {
+  local name=$1 begin=$SECONDS status=0
+  shift
+  printf '\n=== %s (%d s)\n' "$name" "$SECONDS"
+  "$@" || status=$?
+  case $status in
+    0) record "$name" ok $((SECONDS - begin)) ;;
+    77) record "$name" skipped $((SECONDS - begin)) ;;
+    *) failed=1 && record "$name" "FAILED ($status)" $((SECONDS - begin)) ;;
+  esac
+  return 0
+}
+table() {
+  printf '\n%-32s %-14s %s\n' step outcome seconds
+  printf '%s\n' "${rows[@]}" | while IFS='|' read -r name outcome seconds; do
+    printf '%-32s %-14s %7d\n' "$name" "$outcome" "$seconds"
+  done
+}
+trap table EXIT
+
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
+# "native" would leave out what only the architecture-specific target of a Hopper has.
+architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+[[ $architecture == 90 ]] && architecture=90a
+export CUDAARCHS=$architecture-real
+export CMAKE_BUILD_PARALLEL_LEVEL=$jobs
+if [[ -z ${CUDACXX:-} ]] && ! command -v nvcc >/dev/null && [[ -x /usr/local/cuda/bin/nvcc ]]; then
+  export CUDACXX=/usr/local/cuda/bin/nvcc
+fi
+printf '%s, compiling for %s\n' "$gpu" "$CUDAARCHS"
+
+install_package() {
+  python3 -m pip install -q --no-build-isolation --no-deps . \
+    -C build-dir="$build/package" -C cmake.define.QWEN_MOE_CUDA=ON
+}
+step "install the package" install_package
+
+# Without GoogleTest the C++ tests are left out and the rest is still built. -lineinfo lets
+# compute-sanitizer name source lines; it changes no instruction.
+have_tests=true
+configure() {
+  cmake -S . -B "$build/cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_FLAGS=-lineinfo \
+    -DQWEN_MOE_CUDA=ON -DQWEN_MOE_BENCHMARKS=ON "$@" >"$build/configure.log" 2>&1
+}
+configure_any() {
+  configure -DBUILD_TESTING=ON && return
+  if grep -q "Could NOT find GTest" "$build/configure.log"; then
+    have_tests=false
+    echo "no GoogleTest: C++ tests are left out; set GTest_ROOT to a build of it"
+    configure -DBUILD_TESTING=OFF && return
+  fi
+  tail -n 30 "$build/configure.log"
+  return 1
+}
+step "configure" configure_any
+
+# Names of the programs made from FOLDER/PATTERN.
+programs() { for source in $1/$2; do [[ -e $source ]] && basename "${source%.cu}"; done; }
+mapfile -t benches < <(programs benchmarks 'bench_*.cu')
+tests=()
+$have_tests && mapfile -t tests < <(programs tests/cuda 'test_*.cu')
+step "build tests and benchmarks" cmake --build "$build/cpp" --target "${tests[@]}" "${benches[@]}"
+
+for name in ${tests[@]+"${tests[@]}"}; do
+  step "$name" "$build/cpp/$name" --gtest_brief=1
+done
+$have_tests || record "C++ GPU tests" skipped 0
+
+python_tests() {
+  local status=0
+  python3 -m pytest -q -m gpu tests || status=$?
+  ((status == 5)) && return 77 # none collected
+  return $status
+}
+step "pytest -m gpu" python_tests
+
+# Slow: every access is checked. Exits 77 where the tool does not support the machine.
+sanitized() {
+  local tool=$1 name=$2 status=0
+  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer" && return 77; }
+  compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "$build/cpp/$name" \
+    --gtest_brief=1 2>&1 | tee "$build/$tool-$name.log" | tail -n 40 || status=$?
+  ((status)) && grep -q "Device not supported" "$build/$tool-$name.log" && return 77
+  return $status
+}
+if $sanitize; then
+  for name in ${tests[@]+"${tests[@]}"}; do
+    step "memcheck $name" sanitized memcheck "$name"
+    step "racecheck $name" sanitized racecheck "$name"
+  done
+fi
+
+label=$(tr 'A-Z ' 'a-z-' <<<"$gpu" | tr -cd 'a-z0-9-')
+date=$(date -u +%F)
+for name in ${benches[@]+"${benches[@]}"}; do
+  step "$name" "$build/cpp/$name"
+done
+step "qwen-moe bench" python3 -m qwen_moe bench --device cuda \
+  --json "benchmarks/results/$label-$date.json" "$@"
+
+exit $failed

@@ -1,0 +1,47 @@
+// Launching a kernel into the stream of a step.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "cuda/runtime.h"
+
+namespace qwen_moe::cuda {
+
+// Where and how the kernels of a step are launched. With `programmatic` a kernel may start before
+// its predecessor in the stream ends; it then waits for it itself (device.cuh).
+struct Launcher {
+  cudaStream_t stream = nullptr;
+  bool programmatic = false;
+  mutable int ordinary = 1;  // launches to come that wait for all before them in any case
+
+  template <class... Params, class... Args>
+  void operator()(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
+                  Args&&... args) const {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = programmatic && ordinary <= 0 ? 1 : 0;
+    --ordinary;
+    QWEN_MOE_CUDA(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+  }
+};
+
+// Lets a kernel ask for that much dynamic shared memory; more than 48 KiB needs it, once.
+template <class Kernel>
+void allow_shared(Kernel* kernel, size_t bytes) {
+  QWEN_MOE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(bytes)));
+  // Else the split of L1 may hold one block only, and the next kernel could not start early.
+  QWEN_MOE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     cudaSharedmemCarveoutMaxShared));
+}
+
+}  // namespace qwen_moe::cuda

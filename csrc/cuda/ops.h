@@ -1,0 +1,78 @@
+// The ops over one shard on one GPU. Each launches one kernel (or a fixed few) into the stream of
+// the step and returns; nothing synchronizes. Pointers in Args are device memory.
+//
+// Numbers: the residual stream and everything between phases is fp32; what meets a weight is
+// rounded to bf16 once. A row whose slot is 0 is padding: it routes nowhere and writes no state.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <deque>
+#include <span>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "cuda/runtime.h"
+#include "model/ops.h"
+
+namespace qwen_moe::cuda {
+
+using bf16 = __nv_bfloat16;
+
+struct ProjectArgs;
+
+class CudaOps {
+ public:
+  using Act = float;
+  using In = bf16;
+
+  CudaOps(const ModelConfig& config, const DeviceProperties& device, int max_rows, int max_context);
+  void begin(const Launcher& launcher) { launch_ = launcher; }
+
+  void embed(const EmbedArgs<float>& args);                        // dense.cu
+  void norm_in_proj(const NormInProjArgs<float>& args);            // dense.cu; advances conv_state
+  void gated_delta_step(const GatedDeltaArgs<float, bf16>& args);  // gated_delta.cu
+  void attention_step(const AttentionArgs<float, bf16>& args);     // attention.cu
+  void out_proj_residual(const OutProjArgs<float, bf16>& args);    // dense.cu
+  void norm_router_shared(const NormRouterSharedArgs<float, bf16>& args);  // dense.cu
+  void routed_gate_up(const RoutedGateUpArgs<float, bf16>& args);          // moe.cu
+  void down_combine_residual(const DownCombineArgs<float, bf16>& args);    // moe.cu
+  void lm_head(const LmHeadArgs<float>& args);                             // dense.cu
+  // A prompt goes through the decode step, token by token.
+  void gated_delta_prefill(const GatedDeltaArgs<float, bf16>&) { no_prefill(); }
+  void attention_prefill(const AttentionArgs<float, bf16>&) { no_prefill(); }
+
+ private:
+  [[noreturn]] static void no_prefill() { throw Error("this backend has no prefill ops"); }
+
+  // Scratch and launch limits of the kernels in the file of that name; called once.
+  void reserve_dense();
+  void reserve_moe();
+  void reserve_gated_delta();
+  void reserve_attention();
+
+  ModelConfig c_;
+  DeviceProperties device_;
+  int max_rows_, max_context_;
+  Launcher launch_;
+
+  // dense.cu: the tiles of every block of a projection, by the matrices it reads.
+  struct Schedule {
+    std::vector<WeightSpec> specs;
+    DeviceBuffer<int32_t> items;  // [blocks, items_per_block]
+    int blocks = 0, items_per_block = 0;
+  };
+  const Schedule& schedule(std::span<const WeightView* const> views, bool pairs);
+  void project_rows(ProjectArgs& args, const Schedule* schedule);
+  std::deque<Schedule> schedules_;
+  DeviceBuffer<bf16> normed_;  // [max_rows, hidden]
+
+  // moe.cu: which expert takes which rows, for many rows.
+  DeviceBuffer<std::byte> route_;
+
+  // attention.cu: partial results of every split, and the rotary frequencies.
+  DeviceBuffer<float> attention_partial_;
+  DeviceBuffer<float> inverse_frequency_;  // [rotary_dim / 2]
+};
+
+}  // namespace qwen_moe::cuda

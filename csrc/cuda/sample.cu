@@ -1,0 +1,706 @@
+// Three kernels a draw. `summarize` finds the likeliest token of every chunk of a row, which is all
+// that greedy rows need. `list_candidates` writes the few tokens that may be drawn, or are among
+// the likeliest that a row asked for, into a list. `choose` has one block a row: it walks down a
+// histogram of the candidates, likeliest first, to where a count or a sum of weights is reached.
+#include "base/error.h"
+#include "cuda/device.cuh"
+#include "cuda/sample.h"
+
+namespace qwen_moe::cuda {
+namespace {
+
+using ChunkSummary = Sampler::ChunkSummary;
+using RowState = Sampler::RowState;
+using Listed = Sampler::Listed;
+using Sum = unsigned long long;
+
+constexpr int kChunk = 2048, kSummarizeThreads = 256;
+constexpr int kMaxChunks = 512;
+constexpr int kListThreads = 512, kSpan = 32 * kListThreads;  // a thread marks its 32 in one word
+constexpr int kListed = 16384;                                // candidates in a row's list
+constexpr int kChooseThreads = 1024, kBins = kChooseThreads, kBinBits = 10;
+constexpr unsigned kAll = 0xffffffffu;
+constexpr float kOne = 0x1.0p40f;  // the weight of the likeliest token
+constexpr double kLog2E = 1.4426950408889634;
+
+// Bits in the order of the values; the two zeros are one.
+__device__ __forceinline__ uint32_t order_key(float x) {
+  uint32_t bits = __float_as_uint(__fadd_rn(x, 0.0f));
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_key(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+__device__ __forceinline__ Sum warp_add(Sum x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kAll, x, offset);
+  return x;
+}
+__device__ __forceinline__ Sum warp_largest(Sum x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = max(x, __shfl_xor_sync(kAll, x, offset));
+  return x;
+}
+// The sum over this lane and those before it.
+template <class T>
+__device__ __forceinline__ T warp_scan(T x) {
+  int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    T before = __shfl_up_sync(kAll, x, offset);
+    if (lane >= offset) x += before;
+  }
+  return x;
+}
+
+__device__ __forceinline__ bool drawn(const DrawRow& row) {
+  return __ldcg(&row.slot) != 0 && __ldcg(&row.draw) != 0;
+}
+
+__global__ void __launch_bounds__(kSummarizeThreads)
+    summarize(const DrawRow* rows, const PenaltyEntry* penalties, const float* logits,
+              int64_t stride, int vocab, float* adjusted, ChunkSummary* summaries,
+              RowState* states) {
+  wait_for_predecessor();
+  launch_dependents();
+  constexpr int kEach = kChunk / kSummarizeThreads, kWarps = kSummarizeThreads / 32;
+  __shared__ float chunk[kChunk];
+  __shared__ Sum warp_best[kWarps];
+  __shared__ float warp_raw[kWarps];
+  const int thread = static_cast<int>(threadIdx.x), r = static_cast<int>(blockIdx.y);
+  const DrawRow& row = rows[r];
+  if (!drawn(row)) return;
+  if (blockIdx.x == 0 && thread == 0) states[r] = RowState{};
+
+  const int begin = static_cast<int>(blockIdx.x) * kChunk, size = min(kChunk, vocab - begin);
+  const float* x = logits + __ldcg(&row.slot) * stride + begin;
+  const int penalty_count = __ldcg(&row.penalty_count);
+  Sum best = 0;
+  float raw_max = -INFINITY;
+  bool finite = true;
+  auto consider = [&](float logit, int i) {
+    best = max(best, Sum{order_key(logit)} << 32 | ~static_cast<uint32_t>(begin + i));
+  };
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    int i = thread + j * kSummarizeThreads;
+    if (i >= size) continue;
+    float logit = __ldcg(x + i);
+    // All exponent bits are set in what is not finite, and in nothing else.
+    finite = finite && (__float_as_uint(logit) << 1) < 0xff000000u;
+    raw_max = fmaxf(raw_max, logit);
+    if (penalty_count == 0)
+      consider(logit, i);
+    else
+      chunk[i] = logit;
+  }
+
+  if (penalty_count > 0) {
+    const PenaltyEntry* entries = penalties + __ldcg(&row.penalty_begin);
+    const float factor = __ldcg(&row.repetition_penalty);
+    const double presence = __ldcg(&row.presence_penalty);
+    const double frequency = __ldcg(&row.frequency_penalty);
+    __syncthreads();
+    // The entries name each token once, so that no two threads meet. Nothing is fused, as on the
+    // host.
+    for (int e = thread; e < penalty_count; e += kSummarizeThreads) {
+      int i = __ldcg(&entries[e].token) - begin;
+      if (i < 0 || i >= size) continue;
+      int in_reply = __ldcg(&entries[e].in_reply);
+      float logit = chunk[i];
+      if (__ldcg(&entries[e].in_timeline) > 0)
+        logit = logit > 0 ? __fdiv_rn(logit, factor) : __fmul_rn(logit, factor);
+      if (in_reply > 0) {
+        double penalty = __dadd_rn(__dmul_rn(frequency, static_cast<double>(in_reply)), presence);
+        logit = __fsub_rn(logit, __double2float_rn(penalty));
+      }
+      chunk[i] = logit;
+    }
+    __syncthreads();
+    float* out = adjusted + static_cast<int64_t>(r) * vocab + begin;
+    for (int i = thread; i < size; i += kSummarizeThreads) {
+      out[i] = chunk[i];
+      consider(chunk[i], i);
+    }
+  }
+
+  best = warp_largest(best);
+  raw_max = warp_max(raw_max);
+  if (thread % 32 == 0) {
+    warp_best[thread / 32] = best;
+    warp_raw[thread / 32] = raw_max;
+  }
+  finite = __syncthreads_and(finite);
+  if (thread > 0) return;
+  for (int w = 1; w < kWarps; ++w) {
+    best = max(best, warp_best[w]);
+    raw_max = fmaxf(raw_max, warp_raw[w]);
+  }
+  summaries[static_cast<int64_t>(r) * gridDim.x + blockIdx.x] = {best, raw_max, finite};
+}
+
+struct RowSummary {
+  uint32_t top_key, raw_top_key;
+  int32_t token;  // the likeliest after penalties
+  bool finite;
+};
+
+// Every warp merges for itself.
+__device__ RowSummary merge(const ChunkSummary* summaries, int chunks) {
+  Sum best = 0;
+  float raw_max = -INFINITY;
+  bool finite = true;
+  for (int i = static_cast<int>(threadIdx.x % 32); i < chunks; i += 32) {
+    best = max(best, __ldcg(&summaries[i].best));
+    raw_max = fmaxf(raw_max, __ldcg(&summaries[i].raw_max));
+    finite = finite && __ldcg(&summaries[i].finite);
+  }
+  best = warp_largest(best);
+  return {static_cast<uint32_t>(best >> 32), order_key(warp_max(raw_max)),
+          static_cast<int32_t>(~static_cast<uint32_t>(best)), __all_sync(kAll, finite) != 0};
+}
+
+// The weight of a logit, in units of 2^-40 of the likeliest; 0 for one that cannot be drawn.
+struct Weighing {
+  uint32_t top_key;
+  float top;
+  float scale;  // log2(e) / temperature
+  Sum least;    // smaller weights count as 0
+
+  __device__ Weighing(uint32_t key, double temperature, double min_p)
+      : top_key(key),
+        top(from_key(key)),
+        scale(static_cast<float>(kLog2E / temperature)),
+        least(max(Sum{1}, static_cast<Sum>(ceil(min_p * static_cast<double>(kOne))))) {}
+  __device__ Sum operator()(float logit) const {
+    // Equality first: the difference of infinities, and 0 times an infinite scale, are no numbers.
+    if (logit == top) return static_cast<Sum>(kOne);
+    float share = exp2f((logit - top) * scale);
+    Sum weight = share > 0 ? static_cast<Sum>(share * kOne) : 0;
+    return weight >= least ? weight : 0;
+  }
+};
+
+// Writes the k-th largest key to `out`. Complete after the next barrier.
+__device__ void find_largest(const uint32_t* keys, int count, int k, uint32_t* out) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kListThreads) {
+    uint32_t key = keys[i];
+    int larger = 0;
+    for (int j = 0; j < count; ++j) larger += keys[j] > key || (keys[j] == key && j < i);
+    if (larger == k - 1) *out = key;
+  }
+}
+
+// Appends the tokens first + j * kListThreads for the bits j of `marks` of every thread, unless the
+// list is full; counts them in any case. For all threads of a block.
+__device__ void append(uint32_t marks, int first, const float* logits, uint32_t* listed,
+                       Listed* list) {
+  constexpr int kWarps = kListThreads / 32;
+  __shared__ uint32_t before[kWarps], base, total;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
+  const uint32_t count = static_cast<uint32_t>(__popc(marks)), through = warp_scan(count);
+  if (thread % 32 == 31) before[warp] = through;
+  __syncthreads();
+  if (thread == 0) {
+    uint32_t sum = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      uint32_t in_warp = before[w];
+      before[w] = sum;
+      sum += in_warp;
+    }
+    total = sum;
+    base = sum ? atomicAdd(listed, sum) : 0;
+  }
+  __syncthreads();
+  uint32_t at = base + before[warp] + through - count;
+  if (base + total <= kListed)
+    for (; marks; marks &= marks - 1) {
+      int token = first + (__ffs(static_cast<int>(marks)) - 1) * kListThreads;
+      list[at++] = {__ldcg(logits + token), token};
+    }
+  __syncthreads();
+}
+
+__global__ void __launch_bounds__(kListThreads)
+    list_candidates(const DrawRow* rows, const float* logits, int64_t stride, int vocab,
+                    const float* adjusted, const ChunkSummary* summaries, int chunks,
+                    RowState* states, Listed* list, Listed* raw_list) {
+  wait_for_predecessor();
+  launch_dependents();
+  __shared__ uint32_t keys[kMaxChunks], raw_keys[kMaxChunks], bound, raw_bound;
+  const int thread = static_cast<int>(threadIdx.x), r = static_cast<int>(blockIdx.y);
+  const DrawRow& row = rows[r];
+  if (!drawn(row)) return;
+  const double temperature = __ldcg(&row.temperature);
+  const bool random = temperature > 0;
+  const int logprobs = __ldcg(&row.logprobs);
+  if (!random && logprobs < 0) return;
+  summaries += static_cast<int64_t>(r) * chunks;
+  const RowSummary summary = merge(summaries, chunks);
+  if (!summary.finite) return;
+
+  // At least k chunks have a token as large as the k-th largest of the chunks' largest, so the k
+  // likeliest tokens are not smaller.
+  const int top_k = __ldcg(&row.top_k);
+  for (int i = thread; i < chunks; i += kListThreads) {
+    keys[i] = static_cast<uint32_t>(__ldcg(&summaries[i].best) >> 32);
+    raw_keys[i] = order_key(__ldcg(&summaries[i].raw_max));
+  }
+  if (thread == 0) bound = raw_bound = 0;
+  __syncthreads();
+  if (random && top_k > 0 && top_k <= chunks) find_largest(keys, chunks, top_k, &bound);
+  if (logprobs > 0 && logprobs <= chunks) find_largest(raw_keys, chunks, logprobs, &raw_bound);
+  __syncthreads();
+
+  const Weighing weigh(summary.top_key, random ? temperature : 1.0, __ldcg(&row.min_p));
+  const Weighing weigh_raw(summary.raw_top_key, 1.0, 0.0);
+  const float* raw = logits + __ldcg(&row.slot) * stride;
+  const float* x =
+      __ldcg(&row.penalty_count) > 0 ? adjusted + static_cast<int64_t>(r) * vocab : raw;
+  const int first = static_cast<int>(blockIdx.x) * kSpan + thread;
+  uint32_t marks = 0, raw_marks = 0, span = 0, raw_span = 0;
+  Sum total = 0;
+#pragma unroll 8
+  for (int j = 0; j < 32; ++j) {
+    int i = first + j * kListThreads;
+    if (i >= vocab) continue;
+    if (random) {
+      float logit = __ldcg(x + i);
+      uint32_t key = order_key(logit);
+      if (key >= bound && weigh(logit) > 0) {
+        marks |= 1u << j;
+        span = max(span, summary.top_key - key);
+      }
+    }
+    if (logprobs >= 0) {
+      float logit = __ldcg(raw + i);
+      uint32_t key = order_key(logit);
+      total += weigh_raw(logit);
+      if (logprobs > 0 && key >= raw_bound) {
+        raw_marks |= 1u << j;
+        raw_span = max(raw_span, summary.raw_top_key - key);
+      }
+    }
+  }
+  // Integer sums and maxima: the order in which blocks come makes no difference, and that of the
+  // lists makes none to `choose`.
+  if (random) {
+    span = __reduce_max_sync(kAll, span);
+    if (thread % 32 == 0) atomicMax(&states[r].span, span);
+    append(marks, first, x, &states[r].listed, list + static_cast<int64_t>(r) * kListed);
+  }
+  if (logprobs >= 0) {
+    total = warp_add(total);
+    raw_span = __reduce_max_sync(kAll, raw_span);
+    if (thread % 32 == 0) {
+      atomicAdd(&states[r].total, total);
+      atomicMax(&states[r].raw_span, raw_span);
+    }
+    append(raw_marks, first, raw, &states[r].raw_listed,
+           raw_list + static_cast<int64_t>(r) * kListed);
+  }
+}
+
+// Philox 4x32-10, as on the host: a uniform double in [0, 1) for every (seed, position).
+__device__ double uniform(uint64_t seed, uint64_t position) {
+  uint32_t c[4] = {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0, 0};
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    uint64_t a = uint64_t{0xD2511F53} * c[0], b = uint64_t{0xCD9E8D57} * c[2];
+    uint32_t c1 = c[1], c3 = c[3];
+    c[0] = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c[1] = static_cast<uint32_t>(b);
+    c[2] = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c[3] = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  uint64_t bits = (uint64_t{c[0]} << 32 | c[1]) >> 11;
+  return static_cast<double>(bits) * 0x1.0p-53;
+}
+
+struct Candidate {
+  int32_t token;
+  uint32_t distance;  // from the key of the likeliest
+  uint32_t bin;       // of the first histogram; never falls as the distance grows
+  Sum weight;
+};
+
+// The tokens that may be drawn, or with `alike` (every weight is 1) reported: those of the list
+// when all fit in it, else those of the whole row. Every token of a smaller distance than a
+// candidate's is a candidate too, unless its weight is 0.
+struct Candidates {
+  const Listed* list;  // or null
+  const float* row;
+  int count;  // to look at
+  Weighing weigh;
+  bool alike;
+  uint32_t span;
+  float bins_per_logit;
+
+  __device__ Candidates(const Listed* list, const float* row, int vocab, uint32_t listed,
+                        uint32_t span, const Weighing& weigh, bool alike)
+      : list(listed <= kListed ? list : nullptr),
+        row(row),
+        count(listed <= kListed ? static_cast<int>(listed) : vocab),
+        weigh(weigh),
+        alike(alike),
+        span(span),
+        bins_per_logit(kBins / (weigh.top - from_key(weigh.top_key - span))) {}
+
+  __device__ bool get(int i, Candidate& c) const {
+    float logit;
+    if (list) {
+      logit = __ldcg(&list[i].logit);
+      c.token = __ldcg(&list[i].token);
+    } else {
+      logit = __ldcg(row + i);
+      c.token = i;
+    }
+    c.distance = weigh.top_key - order_key(logit);
+    if (c.distance > span) return false;
+    // What is no number (0 / 0, when all are equal) gives bin 0.
+    c.bin = min(__float2uint_rz((weigh.top - logit) * bins_per_logit), kBins - 1u);
+    c.weight = alike ? 1 : weigh(logit);
+    return c.weight > 0;
+  }
+};
+
+// What a thread knows of the bin of its number.
+struct Bin {
+  uint32_t count, before;     // candidates in it, and in the bins of smaller number
+  Sum weight, weight_before;  // alike
+  int32_t token;              // the candidate, when there is one only
+  uint32_t all;               // candidates in all bins
+  Sum all_weight;
+};
+
+struct Shared {
+  uint32_t count[kBins], low[kBins], high[kBins];  // low and high: words of the sum of weights
+  int32_t token[kBins];
+  uint32_t warp_count[32];
+  Sum warp_weight[32];
+  Bin picked;
+  uint32_t picked_bin;
+  uint32_t nearest, farthest, cursor;
+  Sum top[kMaxLogprobs];
+};
+
+// The histogram of bin_of(candidate) over the candidates for which it is not negative. For all
+// threads of a block, as everything below.
+template <class BinOf>
+__device__ Bin histogram(Shared& s, const Candidates& in, const BinOf& bin_of) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  s.count[thread] = s.low[thread] = s.high[thread] = 0;
+  __syncthreads();
+  for (int i = thread; i < in.count; i += kChooseThreads) {
+    Candidate c;
+    int bin = in.get(i, c) ? bin_of(c) : -1;
+    if (bin < 0) continue;
+    // 64 bits in two words: whoever makes the low one wrap carries.
+    uint32_t low = static_cast<uint32_t>(c.weight);
+    uint32_t carry = atomicAdd(&s.low[bin], low) + low < low;
+    uint32_t high = static_cast<uint32_t>(c.weight >> 32) + carry;
+    if (high) atomicAdd(&s.high[bin], high);
+    atomicAdd(&s.count[bin], 1u);
+    s.token[bin] = c.token;
+  }
+  __syncthreads();
+  Bin b;
+  b.count = s.count[thread];
+  b.weight = Sum{s.high[thread]} << 32 | s.low[thread];
+  b.token = s.token[thread];
+  uint32_t count = warp_scan(b.count);
+  Sum weight = warp_scan(b.weight);
+  if (lane == 31) {
+    s.warp_count[warp] = count;
+    s.warp_weight[warp] = weight;
+  }
+  __syncthreads();
+  uint32_t warps = warp_scan(s.warp_count[lane]);
+  Sum warps_weight = warp_scan(s.warp_weight[lane]);
+  b.all = __shfl_sync(kAll, warps, 31);
+  b.all_weight = __shfl_sync(kAll, warps_weight, 31);
+  b.before = count - b.count + __shfl_sync(kAll, warps, warp) - s.warp_count[warp];
+  b.weight_before = weight - b.weight + __shfl_sync(kAll, warps_weight, warp) - s.warp_weight[warp];
+  return b;
+}
+
+// Makes s.picked the bin in which the count, or the sum of weights, reaches `goal`, which is at
+// least 1 and at most that of all.
+__device__ void pick(Shared& s, const Bin& bin, bool by_count, Sum goal) {
+  __syncthreads();  // all have read what was picked before
+  Sum before = by_count ? bin.before : bin.weight_before;
+  Sum here = by_count ? bin.count : bin.weight;
+  if (before < goal && goal <= before + here) {
+    s.picked = bin;
+    s.picked_bin = threadIdx.x;
+  }
+  __syncthreads();
+}
+
+struct Reached {
+  int32_t token;
+  Sum through;  // weight of the candidates up to and including it
+};
+
+// Walks the candidates, likeliest first and the lowest token first among equals, to the one at
+// which their count, or the sum of their weights, reaches `goal`. `first` is their histogram by
+// bin; `list` has room for kListed.
+__device__ Reached walk(Shared& s, const Candidates& all, const Bin& first, bool by_count, Sum goal,
+                        Listed* list, int token_bits) {
+  pick(s, first, by_count, goal);
+  Bin at = s.picked;
+  const uint32_t bin = s.picked_bin;
+  Sum through = at.weight_before;
+  goal -= by_count ? at.before : at.weight_before;
+  if (at.count == 1) return {at.token, through + at.weight};
+
+  // The range of the bin's distances, and, when the whole row had to be looked at, its tokens.
+  Candidates in = all;
+  const bool gather = !all.list && at.count <= kListed;
+  if (threadIdx.x == 0) {
+    s.nearest = kAll;
+    s.farthest = s.cursor = 0;
+  }
+  __syncthreads();
+  uint32_t nearest = kAll, farthest = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < all.count; i += kChooseThreads) {
+    Candidate c;
+    if (!all.get(i, c) || c.bin != bin) continue;
+    nearest = min(nearest, c.distance);
+    farthest = max(farthest, c.distance);
+    if (gather) list[atomicAdd(&s.cursor, 1u)] = {__ldcg(all.row + i), i};
+  }
+  nearest = __reduce_min_sync(kAll, nearest);
+  farthest = __reduce_max_sync(kAll, farthest);
+  if (threadIdx.x % 32 == 0) {
+    atomicMin(&s.nearest, nearest);
+    atomicMax(&s.farthest, farthest);
+  }
+  __syncthreads();
+  nearest = s.nearest;
+  if (gather) {
+    in.list = list;
+    in.count = static_cast<int>(at.count);
+  }
+
+  // Digit by digit over (distance, token), which no two candidates share.
+  int bits = 32 - __clz(static_cast<int>(s.farthest - nearest)) + token_bits;
+  uint64_t prefix = 0;
+  while (at.count > 1 && bits > 0) {
+    const int shift = max(bits - kBinBits, 0);
+    const uint32_t mask = (1u << (bits - shift)) - 1;
+    Bin bins = histogram(s, in, [&](const Candidate& c) {
+      if (c.bin != bin) return -1;
+      uint64_t place =
+          uint64_t{c.distance - nearest} << token_bits | static_cast<uint32_t>(c.token);
+      if (place >> bits != prefix) return -1;
+      return static_cast<int>(static_cast<uint32_t>(place >> shift) & mask);
+    });
+    pick(s, bins, by_count, goal);
+    at = s.picked;
+    through += at.weight_before;
+    goal -= by_count ? at.before : at.weight_before;
+    prefix = prefix << (bits - shift) | s.picked_bin;
+    bits = shift;
+  }
+  return {at.token, through + at.weight};
+}
+
+__device__ int by_bin(const Candidate& c) { return static_cast<int>(c.bin); }
+
+__device__ int32_t draw(Shared& s, const DrawRow& row, const Candidates& in, int32_t likeliest,
+                        Listed* list, int token_bits) {
+  const Bin first = histogram(s, in, by_bin);
+  Sum total = first.all_weight;
+  if (total == 0) return likeliest;  // the largest logit is no number after penalties
+  const int top_k = __ldcg(&row.top_k);
+  if (top_k > 0 && static_cast<uint32_t>(top_k) < first.all)
+    total = walk(s, in, first, true, static_cast<Sum>(top_k), list, token_bits).through;
+  const double top_p = __ldcg(&row.top_p);
+  if (top_p < 1) {
+    // A token is kept while the sum before it is below top_p of the total.
+    Sum goal = static_cast<Sum>(ceil(top_p * static_cast<double>(total)));
+    goal = min(max(goal, Sum{1}), total);
+    total = walk(s, in, first, false, goal, list, token_bits).through;
+  }
+  // The first token with which the sum exceeds the mark.
+  double share = uniform(__ldcg(&row.seed), static_cast<uint64_t>(__ldcg(&row.position)));
+  Sum mark = static_cast<Sum>(share * static_cast<double>(total));
+  return walk(s, in, first, false, min(mark + 1, total), list, token_bits).token;
+}
+
+// Log-probabilities at temperature 1 of the `count` likeliest tokens.
+__device__ void report(Shared& s, const Candidates& in, int count, double log_total, Listed* list,
+                       int token_bits, DrawResult& result) {
+  const Bin first = histogram(s, in, by_bin);
+  const int32_t last = walk(s, in, first, true, static_cast<Sum>(count), list, token_bits).token;
+  // `walk` may have gathered into the list, but then the candidates are those of the whole row.
+  auto place = [](const Candidate& c) {
+    return Sum{c.distance} << 32 | static_cast<uint32_t>(c.token);
+  };
+  const Sum last_place =
+      Sum{in.weigh.top_key - order_key(__ldcg(in.row + last))} << 32 | static_cast<uint32_t>(last);
+  __syncthreads();
+  if (threadIdx.x == 0) s.cursor = 0;
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < in.count; i += kChooseThreads) {
+    Candidate c;
+    if (in.get(i, c) && place(c) <= last_place) s.top[atomicAdd(&s.cursor, 1u)] = place(c);
+  }
+  __syncthreads();
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread >= count) return;
+  int rank = 0;
+  for (int i = 0; i < count; ++i) rank += s.top[i] < s.top[thread];
+  float logit = from_key(in.weigh.top_key - static_cast<uint32_t>(s.top[thread] >> 32));
+  result.top_token[rank] = static_cast<int32_t>(s.top[thread]);
+  result.top_logprob[rank] = __double2float_rn(static_cast<double>(logit) - log_total);
+}
+
+__global__ void __launch_bounds__(kChooseThreads)
+    choose(const DrawRow* rows, const float* logits, int64_t stride, int vocab,
+           const float* adjusted, const ChunkSummary* summaries, int chunks, const RowState* states,
+           Listed* list, Listed* raw_list, int token_bits, int32_t* last_token,
+           DrawResult* results) {
+  wait_for_predecessor();
+  launch_dependents();
+  __shared__ Shared s;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t r = blockIdx.x;
+  const DrawRow& row = rows[r];
+  if (!drawn(row)) return;
+  const int32_t slot = __ldcg(&row.slot);
+  const RowSummary summary = merge(summaries + r * chunks, chunks);
+  DrawResult& result = results[r];
+  int32_t token = -1;
+  float logprob = 0;
+  int top_count = 0;
+  if (summary.finite) {
+    const float* raw = logits + slot * stride;
+    token = summary.token;
+    const double temperature = __ldcg(&row.temperature);
+    if (temperature > 0) {
+      const Weighing weigh(summary.top_key, temperature, __ldcg(&row.min_p));
+      const float* x = __ldcg(&row.penalty_count) > 0 ? adjusted + r * vocab : raw;
+      Listed* mine = list + r * kListed;
+      const Candidates in(mine, x, vocab, __ldcg(&states[r].listed), __ldcg(&states[r].span), weigh,
+                          false);
+      token = draw(s, row, in, token, mine, token_bits);
+    }
+    const int logprobs = __ldcg(&row.logprobs);
+    if (logprobs >= 0) {
+      const Weighing weigh(summary.raw_top_key, 1.0, 0.0);
+      const double total = static_cast<double>(__ldcg(&states[r].total)) / kOne;
+      const double log_total = static_cast<double>(weigh.top) + log(total);
+      logprob = __double2float_rn(static_cast<double>(__ldcg(raw + token)) - log_total);
+      top_count = min(min(logprobs, kMaxLogprobs), vocab);
+      if (top_count > 0) {
+        Listed* mine = raw_list + r * kListed;
+        const Candidates in(mine, raw, vocab, __ldcg(&states[r].raw_listed),
+                            __ldcg(&states[r].raw_span), weigh, true);
+        report(s, in, top_count, log_total, mine, token_bits, result);
+      }
+    }
+  }
+  if (thread >= top_count && thread < kMaxLogprobs) {
+    result.top_token[thread] = 0;
+    result.top_logprob[thread] = 0;
+  }
+  if (thread > 0) return;
+  result.token = token;
+  result.finite = summary.finite;
+  result.logprob = logprob;
+  result.top_count = top_count;
+  if (summary.finite) last_token[slot] = token;
+}
+
+}  // namespace
+
+DrawRow to_draw_row(const SampleRow& row, std::span<PenaltyEntry> entries, int& used,
+                    std::span<int32_t> counts) {
+  const Sampling& s = *row.sampling;
+  DrawRow draw{.slot = row.slot,
+               .draw = 1,
+               // The likeliest token alone can be drawn, and that is what greedy rows find.
+               .temperature = s.top_k == 1 ? 0 : s.temperature,
+               .top_p = s.top_p,
+               .min_p = s.min_p,
+               .presence_penalty = s.presence_penalty,
+               .frequency_penalty = s.frequency_penalty,
+               .repetition_penalty = static_cast<float>(s.repetition_penalty),
+               .top_k = s.top_k,
+               .seed = s.seed,
+               .position = row.position,
+               .logprobs = s.logprobs,
+               .penalty_begin = used};
+  const auto room = entries.subspan(static_cast<size_t>(used));
+  int taken = 0;
+  bool fits = true;
+  // While the row is read, counts[token] is 1 + the place of the token's entry.
+  auto entry = [&](int32_t token) -> PenaltyEntry* {
+    int32_t& place = counts[static_cast<size_t>(token)];
+    if (place == 0) {
+      if (static_cast<size_t>(taken) == room.size()) fits = false;
+      if (!fits) return nullptr;
+      room[static_cast<size_t>(taken)] = {token, 0, 0};
+      place = ++taken;
+    }
+    return &room[static_cast<size_t>(place - 1)];
+  };
+  if (s.repetition_penalty != 1)
+    for (int32_t token : row.timeline)
+      if (PenaltyEntry* e = entry(token)) ++e->in_timeline;
+  if (s.presence_penalty != 0 || s.frequency_penalty != 0)
+    for (int32_t token : row.reply)
+      if (PenaltyEntry* e = entry(token)) ++e->in_reply;
+  for (const PenaltyEntry& e : room.first(static_cast<size_t>(taken)))
+    counts[static_cast<size_t>(e.token)] = 0;
+  require<Capacity>(fits, "the penalties of slot ", row.slot, " name more than ", room.size(),
+                    " tokens");
+  draw.penalty_count = taken;
+  used += taken;
+  return draw;
+}
+
+Sampler::Sampler(int vocab_size, int max_rows, const DeviceProperties& device)
+    : vocab_size_(vocab_size), max_rows_(max_rows), chunks_((vocab_size + kChunk - 1) / kChunk) {
+  require(vocab_size > 0 && chunks_ <= kMaxChunks, "vocab_size must be at most ",
+          kMaxChunks * kChunk, ", got ", vocab_size);
+  DeviceGuard guard(device.device);
+  auto rows = static_cast<size_t>(max_rows);
+  adjusted_ = DeviceBuffer<float>(rows * static_cast<size_t>(vocab_size));
+  summaries_ = DeviceBuffer<ChunkSummary>(rows * static_cast<size_t>(chunks_));
+  states_ = DeviceBuffer<RowState>(rows);
+  list_ = DeviceBuffer<Listed>(rows * kListed);
+  raw_list_ = DeviceBuffer<Listed>(rows * kListed);
+}
+
+size_t Sampler::scratch_bytes() const {
+  return adjusted_.bytes() + summaries_.bytes() + states_.bytes() + list_.bytes() +
+         raw_list_.bytes();
+}
+
+void Sampler::launch(const Launcher& launcher, const DrawRow* rows, const PenaltyEntry* penalties,
+                     int count, const float* logits, int64_t stride, int32_t* last_token,
+                     DrawResult* results) const {
+  require(count >= 0 && count <= max_rows_, "a draw has at most ", max_rows_, " rows, got ", count);
+  if (count == 0) return;
+  auto grid = [&](int width) {
+    return dim3(static_cast<unsigned>(width), static_cast<unsigned>(count));
+  };
+  int token_bits = 0;
+  while (1 << token_bits < vocab_size_) ++token_bits;
+  launcher(summarize, grid(chunks_), kSummarizeThreads, 0, rows, penalties, logits, stride,
+           vocab_size_, adjusted_.data(), summaries_.data(), states_.data());
+  launcher(list_candidates, grid((vocab_size_ + kSpan - 1) / kSpan), kListThreads, 0, rows, logits,
+           stride, vocab_size_, adjusted_.data(), summaries_.data(), chunks_, states_.data(),
+           list_.data(), raw_list_.data());
+  launcher(choose, dim3(static_cast<unsigned>(count)), kChooseThreads, 0, rows, logits, stride,
+           vocab_size_, adjusted_.data(), summaries_.data(), chunks_, states_.data(), list_.data(),
+           raw_list_.data(), token_bits, last_token, results);
+}
+
+}  // namespace qwen_moe::cuda
