@@ -28,8 +28,8 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda:0"
 RECIPES = [None, "int8", "int4", "int4-all"]
 BUCKETS = [1, 2, 4, 8, 16, 32, 64]  # rows that a captured step has room for
-MOST_L2 = 2e-2  # |difference| / |logits|, from bf16 activations
-MOST_KL = 1e-3  # nats
+MOST_L2 = 4e-2  # bf16 activations; a near-tie of routing moves one position further
+MOST_KL = 5e-3  # nats
 STEP = qwen_moe.SamplingParams(ignore_eos=True)  # greedy
 TEXT = """The old man went down to the sea in the morning, and the wind was in the west. He had a
 small boat, and in it there was bread and water for three days. "Where are you going?" said the

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <atomic>
 #include <csignal>
-#include <ios>
 #include <string>
 
 #include "engine/engine.h"
@@ -16,9 +15,6 @@ using namespace qwen_moe;
 using namespace pybind11::literals;
 
 namespace {
-
-// Where the C++ runtime is linked into this module, nothing else sets its streams and locale up.
-const std::ios_base::Init streams;
 
 // While it lives on the main thread, Ctrl-C also raises a flag that the running call looks at
 // between steps; Python's own handler runs as well, and raises KeyboardInterrupt once the call

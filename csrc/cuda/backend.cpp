@@ -68,7 +68,10 @@ class CudaBackend : public Backend {
     pages_ = static_cast<size_t>(options.pages) + 1;
     size_t before = used_memory();
     reserve_scratch(options.max_context);
-    scratch_bytes_ = used_memory() - before;
+    // The driver hands memory out in blocks, so that small scratch may not show in its figures.
+    scratch_bytes_ = std::max(used_memory() - before, input_.bytes());
+    for (const auto& buffer : float_scratch_)
+      scratch_bytes_ = std::max(scratch_bytes_, buffer.bytes());
 
     size_t state = slots_ * slot_bytes_ + pages_ * page_bytes_, free = 0, total = 0;
     QWEN_MOE_CUDA(cudaMemGetInfo(&free, &total));
@@ -232,8 +235,8 @@ class CudaBackend : public Backend {
 
   void draw(std::span<const SampleRow> rows) override {
     DeviceGuard device(properties_.device);
-    Drawing& d = drawings_[next_draw_++ % kRing];
-    require<Error>(next_draw_ - next_collect_ <= kRing, "too many draws are not collected");
+    Drawing& d = drawings_[next_draw_ % kRing];
+    require<Error>(next_draw_ - next_collect_ < kRing, "too many draws are not collected");
     d.uploaded.synchronize();
     int bucket = bucket_of(rows.size());
     int used = 0;
@@ -262,6 +265,7 @@ class CudaBackend : public Backend {
     QWEN_MOE_CUDA(cudaMemcpyAsync(d.stale.data(), stale_.data(), stale_.bytes(),
                                   cudaMemcpyDeviceToHost, stream_));
     d.done.record(stream_);
+    ++next_draw_;  // a draw that threw before did not happen
   }
 
   void collect(std::span<SampleResult> results) override {

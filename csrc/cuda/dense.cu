@@ -1,9 +1,10 @@
 // Projections: RMSNorm or bf16 rows in, weight tiles streamed through the tensor cores, and what
 // each phase does with a finished output.
+#include "cuda/dense.h"
+
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/dense.h"
 #include "cuda/ops.h"
 
 namespace qwen_moe::cuda {

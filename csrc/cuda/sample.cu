@@ -2,9 +2,10 @@
 // that greedy rows need. `list_candidates` writes the few tokens that may be drawn, or are among
 // the likeliest that a row asked for, into a list. `choose` has one block a row: it walks down a
 // histogram of the candidates, likeliest first, to where a count or a sum of weights is reached.
+#include "cuda/sample.h"
+
 #include "base/error.h"
 #include "cuda/device.cuh"
-#include "cuda/sample.h"
 
 namespace qwen_moe::cuda {
 namespace {

@@ -1,5 +1,6 @@
-#include "cuda/device.cuh"
 #include "cuda/step.h"
+
+#include "cuda/device.cuh"
 
 namespace qwen_moe::cuda {
 namespace {

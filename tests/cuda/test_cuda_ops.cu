@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <random>
 
 #include "cpu/ops.h"
@@ -88,6 +89,7 @@ class CudaOpsTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
   void SetUp() override {
     int count = 0;
     if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) GTEST_SKIP() << "no GPU";
+    own_stream.emplace();
     auto [shapes, recipe] = GetParam();
     c = config_of(shapes);
     auto host = make_cpu_weight_home(16);
@@ -164,7 +166,7 @@ class CudaOpsTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
   void begin(bool programmatic = true) {
     // What was copied and filled on the default stream is there before the ops run on theirs.
     QWEN_MOE_CUDA(cudaDeviceSynchronize());
-    gpu_ops->begin({stream, programmatic && properties.programmatic_launch(), 1});
+    gpu_ops->begin({*own_stream, programmatic && properties.programmatic_launch(), 1});
   }
 
   // `run(rows, first row)` gives the results of some rows; every row must have the same bits alone
@@ -191,7 +193,7 @@ class CudaOpsTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
   ShardWeights cpu_weights, gpu_weights;
   std::shared_ptr<cpu::ThreadPool> pool = cpu::ThreadPool::shared(16);
   cuda::DeviceProperties properties;
-  cuda::Stream stream;
+  std::optional<cuda::Stream> own_stream;
   std::unique_ptr<cpu::CpuOps> cpu_ops;
   std::unique_ptr<cuda::CudaOps> gpu_ops;
   std::vector<float> hidden;
@@ -208,7 +210,7 @@ TEST_P(CudaOpsTest, Embed) {
   begin();
   StepRows on_gpu = gpu_rows(kRows);
   gpu_ops->embed({got.data(), gpu_weights.embed_tokens, on_gpu});
-  stream.synchronize();
+  own_stream->synchronize();
   EXPECT_EQ(to_host(got), want);
 }
 
@@ -227,7 +229,7 @@ TEST_P(CudaOpsTest, NormInProjOfAttention) {
     StepRows device_rows = gpu_rows(count, first);
     gpu_ops->norm_in_proj(
         {got.data(), width, d_hidden.data() + first * c.hidden_size, on_gpu, {}, device_rows});
-    stream.synchronize();
+    own_stream->synchronize();
     return to_host(got);
   };
   EXPECT_LE(relative_error(run(kRows, 0), want), kTolerance);
@@ -271,7 +273,7 @@ TEST_P(CudaOpsTest, NormInProjAndConvOfDelta) {
                            on_gpu,
                            {d_windows.data(), 3 * conv},
                            device_rows});
-    stream.synchronize();
+    own_stream->synchronize();
     after = to_host(d_windows);
     return to_host(got);
   };
@@ -305,7 +307,7 @@ TEST_P(CudaOpsTest, OutProjResidual) {
       begin();
       gpu_ops->out_proj_residual(
           {got.data(), d_core.data() + static_cast<int64_t>(first) * k, k, on_gpu, count});
-      stream.synchronize();
+      own_stream->synchronize();
       return to_host(got);
     };
     EXPECT_LE(relative_error(run(kRows, 0), want), kTolerance);
@@ -340,7 +342,7 @@ TEST_P(CudaOpsTest, Experts) {
     begin();
     gpu_ops->norm_router_shared({g_normed.data(), g_router.data(), g_scale.data(), g_shared.data(),
                                  g_hidden.data(), on_gpu, count});
-    stream.synchronize();
+    own_stream->synchronize();
     got.router = to_host(g_router);
     // Both devices route by the same logits, so that a tie of bits does not count as an error.
     std::vector<float> logits(router.begin() + first * c.num_experts,
@@ -351,7 +353,7 @@ TEST_P(CudaOpsTest, Experts) {
         {g_routed.data(), g_router.data(), g_normed.data(), on_gpu, device_rows});
     gpu_ops->down_combine_residual({g_hidden.data(), g_routed.data(), g_router.data(),
                                     g_scale.data(), g_shared.data(), on_gpu, device_rows});
-    stream.synchronize();
+    own_stream->synchronize();
     got.scale = to_host(g_scale);
     got.shared = floats(to_host(g_shared));
     got.hidden = to_host(g_hidden);
@@ -404,7 +406,7 @@ TEST_P(CudaOpsTest, PaddingRoutesNowhere) {
       gpu_ops->routed_gate_up({routed.data(), d_logits.data(), d_normed.data(), layer, rows});
       gpu_ops->down_combine_residual({d_hidden.data(), routed.data(), d_logits.data(), scale.data(),
                                       shared.data(), layer, rows});
-      stream.synchronize();
+      own_stream->synchronize();
       return to_host(d_hidden);
     };
     auto all = run(false), some = run(true);
@@ -443,7 +445,7 @@ TEST_P(CudaOpsTest, LmHead) {
                       gpu_weights.lm_head,
                       d_slot.data() + first,
                       count});
-    stream.synchronize();
+    own_stream->synchronize();
     whole = to_host(got);
     std::vector<float> mine;
     for (int i = first; i < first + count; ++i) {
