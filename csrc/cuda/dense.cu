@@ -10,9 +10,9 @@
 namespace qwen_moe::cuda {
 namespace {
 
-constexpr int kThreads = 32 * kSlices;
 constexpr int kNormVectors = 4;   // float4s of a row that one thread holds: k <= 4096
 constexpr int kMaxInputs = 8192;  // 8 rows of them fit shared memory
+constexpr int kMaxItems = 128;    // tiles of a block and their number
 constexpr int kRowsFused = 8;     // more rows than that are normed by a kernel of their own
 
 // Sum of squares of a thread's part of a row, in the order that every kernel shares.
@@ -22,7 +22,7 @@ __device__ __forceinline__ float squares(float sum, const float4& x) {
 __device__ __forceinline__ float rms_scale(const float* warp_sums, int k, float eps) {
   float sum = warp_sums[0];
 #pragma unroll
-  for (int w = 1; w < kSlices; ++w) sum += warp_sums[w];
+  for (int w = 1; w < kWarps; ++w) sum += warp_sums[w];
   return rsqrtf(sum / static_cast<float>(k) + eps);
 }
 __device__ __forceinline__ uint2 normed_values(const float4& x, float scale, const float4& w) {
@@ -33,7 +33,7 @@ __device__ __forceinline__ uint2 normed_values(const float4& x, float scale, con
 // One block per row: what the projection kernel does itself for a few rows.
 __global__ __launch_bounds__(kThreads) void norm_rows(bf16* out, const float* hidden,
                                                       const float* norm, int k, float eps) {
-  __shared__ float warp_sums[kSlices];
+  __shared__ float warp_sums[kWarps];
   int thread = static_cast<int>(threadIdx.x);
   int64_t row = static_cast<int64_t>(blockIdx.x) * k;
   float4 weight[kNormVectors], x[kNormVectors];
@@ -63,43 +63,34 @@ __global__ __launch_bounds__(kThreads) void norm_rows(bf16* out, const float* hi
 struct Item {
   int segment, tile;
 };
-
-__device__ __forceinline__ Item item_of(const ProjectArgs& args, int index) {
-  if (args.items == nullptr) {
-    int first =
-        static_cast<int>(static_cast<int64_t>(blockIdx.x) * args.segment[0].tiles / gridDim.x);
-    return {0, first + index};
-  }
-  int item = args.items[static_cast<int>(blockIdx.x) * args.items_per_block + index];
-  return {item >> 24, item & 0xffffff};
-}
-
-__device__ __forceinline__ int item_count(const ProjectArgs& args) {
-  if (args.items == nullptr) {
-    int64_t tiles = args.segment[0].tiles, block = blockIdx.x, blocks = gridDim.x;
-    return static_cast<int>((block + 1) * tiles / blocks - block * tiles / blocks);
-  }
-  int count = 0;
-  while (count < args.items_per_block &&
-         args.items[static_cast<int>(blockIdx.x) * args.items_per_block + count] >= 0)
-    ++count;
-  return count;
-}
+__device__ __forceinline__ Item unpack(int item) { return {item >> 24, item & 0xffffff}; }
 
 // What a finished output needs besides its sum, read early where that hides its latency.
 struct Extra {
-  float a = 0, b = 0, c = 0;  // the conv window, or the residual
+  int slot = 0;
+  float a = 0;                   // the residual, or what the conv window adds to an output
+  float b = 0, c = 0, last = 0;  // the window's newer half, and the tap of this token
 };
 
 __device__ __forceinline__ Extra extra_of(const ProjectArgs& args, int segment, int row, int n) {
   Extra extra;
   if (args.epilogue == Epilogue::residual) {
     extra.a = load_cg(args.out + row * args.out_stride + n);
+  } else if (args.epilogue == Epilogue::logits) {
+    extra.slot = load_cg(args.slot + row);
   } else if (args.epilogue == Epilogue::conv && segment == 0) {
-    const float* window = args.state.at(args.slot[row]);
-    extra.a = load_cg(window + n);
-    extra.b = load_cg(window + args.n + n);
-    extra.c = load_cg(window + 2 * args.n + n);
+    // The causal conv over the window, oldest first.
+    const float* taps = args.conv1d + n;
+    float tap[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) tap[i] = __ldg(taps + i * args.n);
+    extra.last = __ldg(taps + 3 * args.n);
+    extra.slot = load_cg(args.slot + row);
+    const float* window = args.state.at(extra.slot) + n;
+    extra.a = load_cg(window);
+    extra.b = load_cg(window + args.n);
+    extra.c = load_cg(window + 2 * args.n);
+    extra.a = fmaf(tap[2], extra.c, fmaf(tap[1], extra.b, tap[0] * extra.a));
   }
   return extra;
 }
@@ -116,15 +107,9 @@ __device__ __forceinline__ void finish_output(const ProjectArgs& args, int segme
         *out = sum;
         return;
       }
-      // The causal conv over the window and this token, oldest first, and the window's advance.
-      const float* taps = args.conv1d + n;
-      float y = taps[0] * extra.a;
-      y = fmaf(taps[args.n], extra.b, y);
-      y = fmaf(taps[2 * args.n], extra.c, y);
-      *out = silu(fmaf(taps[3 * args.n], sum, y));
-      int slot = args.slot[row];
-      if (slot == 0) return;
-      float* window = args.state.at(slot);
+      *out = silu(fmaf(extra.last, sum, extra.a));
+      if (extra.slot == 0) return;
+      float* window = args.state.at(extra.slot);
       window[n] = extra.b;
       window[args.n + n] = extra.c;
       window[2 * args.n + n] = sum;
@@ -137,173 +122,229 @@ __device__ __forceinline__ void finish_output(const ProjectArgs& args, int segme
         args.shared[static_cast<int64_t>(row) * args.n + n] = __float2bfloat16(silu(before) * sum);
       return;
     case Epilogue::logits:
-      if (args.slot[row] != 0) args.state.at(args.slot[row])[n] = sum;
+      if (extra.slot != 0) args.state.at(extra.slot)[n] = sum;
       return;
   }
 }
 
-// Grid (blocks, row blocks). Shared memory: activations [rows][pitch], partial sums
-// [flush_tiles][slices][rows][kPartialPitch], rings [slices][kStages][kStageBytes].
+// bf16 rows into shared memory, one after the other `pitch` bytes apart; all threads.
+__device__ __forceinline__ void load_rows(std::byte* to, int pitch, const bf16* from,
+                                          int64_t stride, int rows, int k) {
+  int vectors = k / 8;  // of 16 bytes in a row
+  for (int row = 0; row < rows; ++row)
+    for (int at = static_cast<int>(threadIdx.x); at < vectors; at += kThreads)
+      copy_async_16(to + row * pitch + at * 16, from + row * stride + at * 8);
+  copy_async_commit();
+  copy_async_wait<0>();
+}
+
+// RMSNorm of one row by the whole block.
+__device__ __forceinline__ void norm_one(std::byte* to, const ProjectArgs& args, int row,
+                                         const float4 (&weight)[kNormVectors]) {
+  __shared__ float warp_sums[kWarps];
+  int thread = static_cast<int>(threadIdx.x);
+  float4 x[kNormVectors];
+  const float* from = args.hidden + static_cast<int64_t>(row) * args.k + thread * 4;
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v)
+    if (v * 4 * kThreads + thread * 4 < args.k)
+      x[v] = load_cg(reinterpret_cast<const float4*>(from + v * 4 * kThreads));
+  float sum = 0;
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v)
+    if (v * 4 * kThreads + thread * 4 < args.k) sum = squares(sum, x[v]);
+  sum = warp_sum(sum);
+  if (thread % 32 == 0) warp_sums[thread / 32] = sum;
+  __syncthreads();
+  float scale = rms_scale(warp_sums, args.k, args.eps);
+  bool write = args.normed != nullptr && blockIdx.x == 0;
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v)
+    if (int at = v * 4 * kThreads + thread * 4; at < args.k) {
+      uint2 values = normed_values(x[v], scale, weight[v]);
+      *reinterpret_cast<uint2*>(to + at * 2) = values;
+      if (write)
+        *reinterpret_cast<uint2*>(args.normed + static_cast<int64_t>(row) * args.k + at) = values;
+    }
+}
+
+// RMSNorm of one row by one warp, summed in the order of norm_one: lane l stands for the threads l,
+// 32 + l, ... of the block.
+__device__ __forceinline__ void norm_by_warp(std::byte* to, const ProjectArgs& args, int row,
+                                             bool write, int lane) {
+  constexpr int kAtOnce = 4;  // loads in flight
+  const float* from = args.hidden + static_cast<int64_t>(row) * args.k + lane * 4;
+  float total = 0;
+#pragma unroll 1
+  for (int w = 0; w < kWarps; w += kAtOnce) {
+    float sums[kAtOnce] = {};
+#pragma unroll 1
+    for (int base = w * 128; base < args.k; base += 4 * kThreads) {
+      float4 x[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (base + i * 128 < args.k)
+          x[i] = load_cg(reinterpret_cast<const float4*>(from + base + i * 128));
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (base + i * 128 < args.k) sums[i] = squares(sums[i], x[i]);
+    }
+#pragma unroll
+    for (float& sum : sums) sum = warp_sum(sum);
+#pragma unroll
+    for (float sum : sums) total += sum;
+  }
+  float scale = rsqrtf(total / static_cast<float>(args.k) + args.eps);
+#pragma unroll 1
+  for (int base = 0; base < args.k; base += 2 * 128) {
+    float4 x[2], weight[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (int at = base + i * 128; at < args.k) {
+        x[i] = load_cg(reinterpret_cast<const float4*>(from + at));
+        weight[i] = *reinterpret_cast<const float4*>(args.norm + lane * 4 + at);
+      }
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (int at = base + i * 128 + lane * 4; at < args.k) {
+        uint2 values = normed_values(x[i], scale, weight[i]);
+        *reinterpret_cast<uint2*>(to + at * 2) = values;
+        if (write)
+          *reinterpret_cast<uint2*>(args.normed + static_cast<int64_t>(row) * args.k + at) = values;
+      }
+  }
+}
+
+// Outputs of a flush that a thread finishes, at most.
+constexpr int flush_rounds(int row_tiles) { return row_tiles == 4 ? 4 : 2; }
+
+// Grid (blocks, row blocks). Shared memory: activations [rows][pitch], partial sums [flush_tiles]
+// [kWarps][rows][kPartialPitch], rings [kWarps][kStages][kStageBytes].
 template <int kTiles, int kStages>
 __global__ __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) void project(
     const __grid_constant__ ProjectArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
-  __shared__ float warp_sums[8][kSlices];
+  __shared__ int32_t items[kMaxItems];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   int first_row = static_cast<int>(blockIdx.y) * args.rows_per_block;
   int rows = min(args.rows_per_block, args.rows - first_row);
-  int pitch = activation_pitch(args.k);
+  int pitch = activation_pitch(args.k), partial_floats = kWarps * rows * kPartialPitch;
   std::byte* activations = shared;
   auto* partial = reinterpret_cast<float*>(shared + rows * pitch);
-  std::byte* ring = shared + rows * pitch + args.flush_tiles * kSlices * rows * kPartialPitch * 4 +
-                    warp * kStages * kStageBytes;
-  int count = item_count(args);
-  UnitRange slice = slice_units(args.k, warp, kSlices);
+  std::byte* ring =
+      shared + rows * pitch + args.flush_tiles * partial_floats * 4 + warp * kStages * kStageBytes;
+  UnitRange slice = slice_units(args.k, warp, kWarps);
 
-  // The chunks of this warp, tile after tile.
-  struct Cursor {
-    int index, unit;
-  };
-  auto advance = [&](Cursor& c, int units) {
-    c.unit += units;
-    if (c.unit >= slice.end) c = {c.index + 1, slice.begin};
-  };
-  Cursor producer{slice.begin == slice.end ? count : 0, slice.begin};
-  int produced = 0;
-  auto produce = [&] {
-    if (producer.index < count) {
-      Item item = item_of(args, producer.index);
-      const Matrix& m = args.segment[item.segment];
-      int units = min(chunk_units(m.format), slice.end - producer.unit);
-      copy_chunk(ring + produced * kStageBytes, m, m.data + item.tile * m.tile_bytes, producer.unit,
-                 units, lane);
-      produced = produced + 1 == kStages ? 0 : produced + 1;
-      advance(producer, units);
+  int first_tile = 0, count = 0;
+  if (args.items) {
+    if (thread < args.items_stride)
+      items[thread] = __ldg(args.items + static_cast<int>(blockIdx.x) * args.items_stride + thread);
+    __syncthreads();
+    count = items[0];
+  } else {
+    int64_t tiles = args.segment[0].tiles, block = blockIdx.x, blocks = gridDim.x;
+    first_tile = static_cast<int>(block * tiles / blocks);
+    count = static_cast<int>((block + 1) * tiles / blocks) - first_tile;
+  }
+  auto item_at = [&](int i) { return args.items ? unpack(items[i + 1]) : Item{0, first_tile + i}; };
+
+  TileCopy copy;
+  int next = slice.begin == slice.end ? count : 0;
+  auto feed = [&](int stage) {
+    if (next < count) {
+      if (copy.left == 0) {
+        Item item = item_at(next);
+        const Matrix& m = args.segment[item.segment];
+        copy.open(m, m.data + item.tile * m.tile_bytes, slice, lane);
+      }
+      copy.next_chunk(ring + stage * kStageBytes, lane);
+      if (copy.left == 0) ++next;
     }
     copy_async_commit();
   };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) produce();
+#pragma unroll 1
+  for (int i = 0; i < kStages; ++i) feed(i);
 
-  // The element of the first flush that this thread finishes.
-  Extra early;
-  int early_tile = thread / (16 * rows), early_row = first_row + thread / 16 % rows;
-  bool has_early = early_tile < min(count, args.flush_tiles);
-  int early_segment = 0, early_n = 0;
-  if (has_early) {
-    Item item = item_of(args, early_tile);
-    early_segment = item.segment;
-    early_n = item.tile * 16 + thread % 16;
-    early = extra_of(args, early_segment, early_row, early_n);
-  }
+  // What the outputs of a flush need is asked for ahead of its tiles, and that of the first flush
+  // ahead of the predecessor's end. A thread's outputs of a flush have the same place in a tile.
+  constexpr int kRounds = flush_rounds(kTiles);
+  Extra extra[kRounds];
+  int own_output = thread % 16;
+  auto load_extra = [&](int begin) {
+    int most = min(args.flush_tiles, count - begin) * rows;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      int at = thread / 16 + r * (kThreads / 16);
+      if (at >= most) break;
+      Item item = item_at(begin + at / rows);
+      extra[r] = extra_of(args, item.segment, first_row + at % rows, item.tile * 16 + own_output);
+    }
+  };
+  load_extra(0);
 
   if (args.input != nullptr) {
     wait_for_predecessor();
     launch_dependents();
-    int vectors = args.k / 8;  // of 16 bytes in a row
-    for (int base = 0; base < rows * vectors; base += kThreads * 4) {
-      uint4 x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (int at = base + i * kThreads + thread; at < rows * vectors)
-          x[i] = load_cg(reinterpret_cast<const uint4*>(args.input + (first_row + at / vectors) *
-                                                                         args.input_stride) +
-                         at % vectors);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (int at = base + i * kThreads + thread; at < rows * vectors)
-          *reinterpret_cast<uint4*>(activations + at / vectors * pitch + at % vectors * 16) = x[i];
-    }
+    load_rows(activations, pitch, args.input + first_row * args.input_stride, args.input_stride,
+              rows, args.k);
   } else {
-    float4 weight[kNormVectors];
+    float4 weight[kNormVectors] = {};
+    if (rows == 1) {
 #pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
-      if (int at = v * 4 * kThreads + thread * 4; at < args.k)
-        weight[v] = *reinterpret_cast<const float4*>(args.norm + at);
+      for (int v = 0; v < kNormVectors; ++v)
+        if (int at = v * 4 * kThreads + thread * 4; at < args.k)
+          weight[v] = *reinterpret_cast<const float4*>(args.norm + at);
+    }
     wait_for_predecessor();
     launch_dependents();
-    for (int row = 0; row < rows; row += 2) {  // two at a time hide each other's latency
-      float4 x[2][kNormVectors];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (row + r >= rows) break;
-        const float* from = args.hidden + static_cast<int64_t>(first_row + row + r) * args.k;
-        float sum = 0;
-#pragma unroll
-        for (int v = 0; v < kNormVectors; ++v)
-          if (int at = v * 4 * kThreads + thread * 4; at < args.k)
-            x[r][v] = load_cg(reinterpret_cast<const float4*>(from + at));
-#pragma unroll
-        for (int v = 0; v < kNormVectors; ++v)
-          if (int at = v * 4 * kThreads + thread * 4; at < args.k) sum = squares(sum, x[r][v]);
-        sum = warp_sum(sum);
-        if (lane == 0) warp_sums[row + r][warp] = sum;
-      }
-      __syncthreads();
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (row + r >= rows) break;
-        float scale = rms_scale(warp_sums[row + r], args.k, args.eps);
-        bool write = args.normed != nullptr && (row + r) % gridDim.x == blockIdx.x;
-#pragma unroll
-        for (int v = 0; v < kNormVectors; ++v)
-          if (int at = v * 4 * kThreads + thread * 4; at < args.k) {
-            uint2 values = normed_values(x[r][v], scale, weight[v]);
-            *reinterpret_cast<uint2*>(activations + (row + r) * pitch + at * 2) = values;
-            if (write)
-              *reinterpret_cast<uint2*>(
-                  args.normed + static_cast<int64_t>(first_row + row + r) * args.k + at) = values;
-          }
-      }
+    if (rows == 1) {
+      norm_one(activations, args, first_row, weight);
+    } else {
+      for (int row = warp; row < rows; row += kWarps)
+        norm_by_warp(activations + row * pitch, args, first_row + row,
+                     args.normed != nullptr && blockIdx.x == row % gridDim.x, lane);
     }
   }
   __syncthreads();
 
   const std::byte* mine = activations + lane / 4 * pitch + lane % 4 * 16;
-  auto rows_of = [&](int i, int unit, int half) {
+  auto rows_of = [&](int i, int unit, int end, int half) {
     uint4 b{0, 0, 0, 0};
-    if (8 * i + lane / 4 < rows)
+    if (8 * i + lane / 4 < rows && unit < end)
       b = *reinterpret_cast<const uint4*>(mine + 8 * i * pitch + unit * 128 + half * 64);
     return b;
   };
-
-  int consumed = 0;
+  int stage = 0;
   for (int begin = 0; begin < count; begin += args.flush_tiles) {
     int tiles = min(args.flush_tiles, count - begin);
+    if (begin > 0) {
+      load_extra(begin);
+      __syncthreads();  // `partial` has been read
+    }
+#pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
-      Item item = item_of(args, begin + i);
-      const Matrix& m = args.segment[item.segment];
       TileSum<kTiles> sum;
       sum.clear();
-      int step = chunk_units(m.format);
-      for (int unit = slice.begin; unit < slice.end; unit += step) {
-        copy_async_wait<kStages - 2>();
-        __syncwarp();
-        // The stage that the next chunk goes to was read by this warp one chunk ago.
-        produce();
-        sum.add(m, ring + consumed * kStageBytes, unit, min(step, slice.end - unit), lane, rows_of);
-        consumed = consumed + 1 == kStages ? 0 : consumed + 1;
-        __syncwarp();
-      }
-      sum.store(m, partial + (i * kSlices + warp) * rows * kPartialPitch, rows, lane);
+      add_tile<kTiles, kStages>(sum, args.segment[item_at(begin + i).segment], slice, ring, stage,
+                                lane, feed, rows_of);
+      sum.store(partial + i * partial_floats + warp * rows * kPartialPitch, rows, lane);
     }
     __syncthreads();
-    for (int at = thread; at < tiles * rows * 16; at += kThreads) {
-      int i = at / (16 * rows), row = at / 16 % rows, output = at % 16;
-      Item item = item_of(args, begin + i);
-      if (args.epilogue == Epilogue::router && item.segment == 2) continue;  // done by its up tile
-      int n = item.tile * 16 + output;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      int at = thread / 16 + r * (kThreads / 16);
+      if (at >= tiles * rows) break;
+      int i = at / rows, row = at - i * rows;
+      Item item = item_at(begin + i);
+      if (args.epilogue == Epilogue::router && item.segment == 2) continue;  // by its up tile
+      int n = item.tile * 16 + own_output;
       if (n >= args.segment[item.segment].n) continue;  // padding of the last tile
-      const float* sums = partial + i * kSlices * rows * kPartialPitch;
-      float sum = sum_slices(sums, rows, row, output);
-      float before = 0;
+      const float* from = partial + i * partial_floats;
+      float result = sum_slices(from, rows, row, own_output), gate = 0;
       if (args.epilogue == Epilogue::router && item.segment == 3)
-        before = sum_slices(sums - kSlices * rows * kPartialPitch, rows, row, output);
-      bool is_early = begin == 0 && at == thread;
-      finish_output(args, item.segment, first_row + row, n, sum, before,
-                    is_early ? early : extra_of(args, item.segment, first_row + row, n));
+        gate = sum_slices(from - partial_floats, rows, row, own_output);
+      finish_output(args, item.segment, first_row + row, n, result, gate, extra[r]);
     }
-    __syncthreads();
   }
 }
 
@@ -322,20 +363,18 @@ __global__ void embed_rows(float* hidden, Matrix embed_tokens, const int32_t* to
   }
 }
 
-size_t shared_bytes(int rows, int k, int flush_tiles, int stages) {
-  return static_cast<size_t>(rows) * activation_pitch(k) +
-         static_cast<size_t>(flush_tiles) * kSlices * rows * kPartialPitch * 4 +
-         static_cast<size_t>(kSlices) * stages * kStageBytes;
+template <int kTiles, int kStages>
+struct Project {};
+
+// Tiles of a flush: an even number, so that a gate tile and its up tile stay together.
+int flush_tiles_of(int row_tiles, int rows, int most) {
+  return std::min(most, std::clamp(flush_rounds(row_tiles) * kThreads / (16 * rows) / 2 * 2, 2, 8));
 }
 
-template <int kTiles, int kStages>
-void launch_project(const Launcher& launch, ProjectArgs& args, int blocks, int flush_tiles) {
-  int per = std::min(args.rows, 8 * kTiles);
-  args.rows_per_block = per;
-  args.flush_tiles = flush_tiles;
-  launch(project<kTiles, kStages>,
-         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>((args.rows + per - 1) / per)),
-         kThreads, shared_bytes(per, args.k, flush_tiles, kStages), args);
+size_t shared_bytes(int rows, int k, int flush_tiles, int stages) {
+  return static_cast<size_t>(rows) * activation_pitch(k) +
+         static_cast<size_t>(flush_tiles * kWarps * rows * kPartialPitch * 4) +
+         static_cast<size_t>(kWarps * stages * kStageBytes);
 }
 
 }  // namespace
@@ -382,14 +421,18 @@ const CudaOps::Schedule& CudaOps::schedule(std::span<const WeightView* const> vi
   }
   size_t most = 0;
   for (const Load& l : loads) most = std::max(most, l.pairs.size() + l.singles.size());
-  std::vector<int32_t> items(loads.size() * most, -1);
+  size_t stride = most + 1;
+  require(stride <= kMaxItems, "a multiprocessor would take ", most,
+          " tiles of a projection, at most ", kMaxItems - 1, " are supported");
+  std::vector<int32_t> items(loads.size() * stride, -1);
   for (size_t b = 0; b < loads.size(); ++b) {
-    auto at = std::copy(loads[b].pairs.begin(), loads[b].pairs.end(),
-                        items.begin() + static_cast<std::ptrdiff_t>(b * most));
+    auto at = items.begin() + static_cast<std::ptrdiff_t>(b * stride);
+    *at++ = static_cast<int32_t>(loads[b].pairs.size() + loads[b].singles.size());
+    at = std::copy(loads[b].pairs.begin(), loads[b].pairs.end(), at);
     std::copy(loads[b].singles.begin(), loads[b].singles.end(), at);
   }
   Schedule made{key, DeviceBuffer<int32_t>(items.size()), static_cast<int>(loads.size()),
-                static_cast<int>(most)};
+                static_cast<int>(stride)};
   QWEN_MOE_CUDA(cudaMemcpy(made.items.data(), items.data(), items.size() * 4, cudaMemcpyDefault));
   schedules_.push_back(std::move(made));
   return schedules_.back();
@@ -403,9 +446,10 @@ void CudaOps::reserve_dense() {
   require(c_.hidden_size <= 4 * kNormVectors * kThreads, "hidden_size must be at most ",
           4 * kNormVectors * kThreads, " on CUDA, got ", c_.hidden_size);
   auto limit = static_cast<size_t>(device_.shared_bytes);
-  allow_shared(project<1, 6>, limit - 1024);
   allow_shared(project<1, 4>, limit - 1024);
-  allow_shared(project<2, 4>, limit - 1024);
+  allow_shared(project<1, 3>, limit - 1024);
+  allow_shared(project<1, 2>, limit - 1024);
+  allow_shared(project<2, 3>, limit - 1024);
   allow_shared(project<4, 3>, limit - 1024);
   if (max_rows_ > kRowsFused)
     normed_ =
@@ -416,7 +460,7 @@ void CudaOps::project_rows(ProjectArgs& args, const Schedule* schedule) {
   int blocks = schedule ? schedule->blocks : std::min(device_.sms, args.segment[0].tiles);
   if (schedule) {
     args.items = schedule->items.data();
-    args.items_per_block = schedule->items_per_block;
+    args.items_stride = schedule->items_stride;
   }
   if (args.rows > kRowsFused && args.hidden != nullptr) {
     bf16* to = args.normed ? args.normed : normed_.data();
@@ -427,16 +471,26 @@ void CudaOps::project_rows(ProjectArgs& args, const Schedule* schedule) {
     args.input = to;
     args.input_stride = args.k;
   }
-  // As many rows a block as shared memory holds: each row block streams the weights again.
-  auto limit = static_cast<size_t>(device_.shared_bytes) - 1024;
-  if (args.rows == 1 && shared_bytes(1, args.k, 8, 6) <= limit)
-    launch_project<1, 6>(launch_, args, blocks, 8);
-  else if (args.rows > 16 && shared_bytes(32, args.k, 2, 3) <= limit)
-    launch_project<4, 3>(launch_, args, blocks, 2);
-  else if (args.rows > 8 && shared_bytes(16, args.k, 2, 4) <= limit)
-    launch_project<2, 4>(launch_, args, blocks, 2);
-  else
-    launch_project<1, 4>(launch_, args, blocks, args.rows > 4 && args.k > 4096 ? 2 : 4);
+  // As many rows a block as shared memory holds: each row block streams the weights again. With at
+  // most half of it two blocks share a multiprocessor, and the next kernel starts early.
+  auto all = static_cast<size_t>(device_.shared_bytes) - 1024, half = all / 2 - 1024;
+  if (args.epilogue == Epilogue::logits && args.rows <= kRowsFused) blocks = 2 * device_.sms;
+  int most = schedule ? schedule->items_stride - 1 : (args.segment[0].tiles + blocks - 1) / blocks;
+  auto launched = [&]<int kTiles, int kStages>(Project<kTiles, kStages>, size_t limit) {
+    int rows = std::min(args.rows, 8 * kTiles), flush = flush_tiles_of(kTiles, rows, most);
+    size_t bytes = shared_bytes(rows, args.k, flush, kStages);
+    if (bytes > limit) return false;
+    args.rows_per_block = rows;
+    args.flush_tiles = flush;
+    dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>((args.rows + rows - 1) / rows));
+    launch_(project<kTiles, kStages>, grid, kThreads, bytes, args);
+    return true;
+  };
+  bool done = args.rows > 16 && launched(Project<4, 3>{}, all);
+  done = done || (args.rows > 8 && launched(Project<2, 3>{}, all));
+  done = done || launched(Project<1, 4>{}, half) || launched(Project<1, 3>{}, half) ||
+         launched(Project<1, 2>{}, half) || launched(Project<1, 3>{}, all);
+  require<Error>(done, "no projection kernel holds ", args.k, " inputs");
 }
 
 void CudaOps::embed(const EmbedArgs<float>& args) {

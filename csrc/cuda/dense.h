@@ -13,10 +13,10 @@ struct ProjectArgs {
   int k = 0, rows = 0, rows_per_block = 0;
   Epilogue epilogue = Epilogue::plain;
 
-  // Tiles of a block: items[block * items_per_block + i] = segment << 24 | tile, or -1; without
-  // items, an even share of segment 0.
+  // Tiles of a block: items[block * items_stride] = how many, then segment << 24 | tile of each;
+  // without items, an even share of segment 0.
   const int32_t* items = nullptr;
-  int items_per_block = 0;
+  int items_stride = 0;
   int flush_tiles = 0;  // tiles whose partial sums shared memory holds
 
   // Input: RMSNorm of hidden, or rows of bf16.

@@ -207,6 +207,7 @@ void CudaOps::reserve_gated_delta() {
   exactly("linear_key_head_dim", c_.linear_key_head_dim, kDim);
   exactly("linear_value_head_dim", c_.linear_value_head_dim, kDim);
   exactly("linear_conv_kernel_dim", c_.linear_conv_kernel_dim, 4);
+  allow_shared(gated_delta_kernel, 0);
 }
 
 void CudaOps::gated_delta_step(const GatedDeltaArgs<float, bf16>& args) {

@@ -12,8 +12,9 @@
 namespace qwen_moe::cuda {
 namespace {
 
-constexpr int kGateUpThreads = 32 * kSlices;
-constexpr int kDownWarps = 12;  // top_k + 1 of one row in one go, for every known model
+constexpr int kGateUpSlices = kWarps / 2;  // of each of the two tiles of a pair
+constexpr int kOneRowWarps = 12;           // of down: top_k + 1 in one go, for every known model
+constexpr int kDownWarps = 8;              // for more rows
 constexpr int kRouteThreads = 512;
 
 struct MoeArgs {
@@ -40,316 +41,309 @@ __global__ __launch_bounds__(kRouteThreads) void route(const __grid_constant__ M
                        args.experts, args.top_k);
 }
 
-// How a kernel's warps see the routing: their own registers for one row, else a plan in shared or
-// device memory.
+// How a kernel's warps see the routing: in their own registers for one row, as a plan in shared
+// memory for up to 8, and in device memory for more.
 struct Routing {
-  Pick pick;  // of one row, lane < top_k
+  Pick pick{0, 0.0f};  // of one row, lane < top_k
   RoutePlan plan;
-  int entries;
-  bool one_row;
+  int entries = 0;
+  bool one_row, in_shared;
 
-  __device__ RouteEntry entry(int i) const {
+  // All lanes of a warp.
+  __device__ __forceinline__ RouteEntry entry(int i) const {
     if (one_row) return {__shfl_sync(0xffffffffu, pick.expert, i), i, 1};
+    if (in_shared) return plan.entry[i];
     return {__ldcg(&plan.entry[i].expert), __ldcg(&plan.entry[i].first),
             __ldcg(&plan.entry[i].count)};
   }
+  __device__ __forceinline__ int pick_of(int place) const {
+    return one_row ? place : in_shared ? plan.pick_of[place] : __ldcg(plan.pick_of + place);
+  }
 };
 
-// Entries beyond shared memory are read past L1; those in shared memory need a plain read.
-__device__ __forceinline__ RouteEntry entry_of(const Routing& r, bool in_shared, int i) {
-  if (r.one_row || !in_shared) return r.entry(i);
-  return r.plan.entry[i];
+// One row's routing, by one warp.
+template <int kPerLane>
+__device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args, int lane) {
+  int slot = load_cg(args.slot);
+  RouterKeys<kPerLane> keys;
+  keys.load(args.router, args.experts, lane);
+  routing.pick = pick_experts(keys, args.top_k, lane);
+  routing.entries = slot == 0 ? 0 : args.top_k;
 }
 
-// Grid (blocks). Shared memory: [plan and scratch][activations 8 rows][partial 2 x 2 tiles][rings].
-template <int kPerLane, int kStages>
-__global__ __launch_bounds__(kGateUpThreads, 2) void gate_up(const __grid_constant__ MoeArgs args,
-                                                             int act_rows) {
-  extern __shared__ __align__(128) std::byte shared[];
-  int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const Matrix& m = args.gate_up;
-  int pitch = activation_pitch(m.k), picks = args.rows * args.top_k;
-  std::byte* activations = shared;
-  auto* partial = reinterpret_cast<float*>(activations + act_rows * pitch);
-  int buffer_floats = 2 * kSlices * act_rows * kPartialPitch;
-  std::byte* rings = reinterpret_cast<std::byte*>(partial + 2 * buffer_floats);
-  std::byte* ring = rings + warp * kStages * kStageBytes;
-  std::byte* tail = rings + kSlices * kStages * kStageBytes;
-  bool one_row = args.rows == 1, in_shared = args.rows <= kEntryRows;
-  UnitRange slice = slice_units(m.k, warp, kSlices);
-  int pairs = m.tiles / 2;
-
-  wait_for_predecessor();
-  launch_dependents();
-  Routing routing{{}, RoutePlan(in_shared ? tail : args.plan, picks), 0, one_row};
-  if (one_row) {
-    if (args.slot[0] != 0) {
-      routing.pick = pick_experts<kPerLane>(args.router, args.experts, args.top_k, lane);
-      routing.entries = args.top_k;
-    }
-  } else if (in_shared) {
-    build_plan<kPerLane>(
-        routing.plan, RouteScratch(tail + (RoutePlan::bytes(picks) + 15) / 16 * 16, args.experts),
-        args.router, args.slot, args.rows, args.experts, args.top_k);
+// The routing of more rows: worked out or read; all threads of a block.
+template <int kPerLane>
+__device__ __forceinline__ void find_plan(Routing& routing, const MoeArgs& args,
+                                          std::byte* scratch) {
+  if (routing.in_shared) {
+    build_plan<kPerLane>(routing.plan, RouteScratch(scratch, args.experts), args.router, args.slot,
+                         args.rows, args.experts, args.top_k);
     routing.entries = *routing.plan.entries;
   } else {
     routing.entries = load_cg(routing.plan.entries);
   }
+}
+
+__host__ __device__ constexpr size_t round_up_16(size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// Grid (blocks): every block takes an even share of (entry, pair of a gate and an up tile); half of
+// its warps do the gates, half the ups. Shared memory: [activations][partial sums of a pair][rings]
+// [plan and scratch]. Activations are of all rows where there are up to 8, else of one entry's
+// rows.
+template <int kPerLane, int kStages>
+__global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ MoeArgs args,
+                                                       int act_rows) {
+  extern __shared__ __align__(128) std::byte shared[];
+  int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const Matrix& m = args.gate_up;
+  int pitch = activation_pitch(m.k), picks = args.rows * args.top_k, pairs = m.tiles / 2;
+  std::byte* activations = shared;
+  auto* partial = reinterpret_cast<float*>(activations + act_rows * pitch);
+  std::byte* rings = reinterpret_cast<std::byte*>(partial + kWarps * act_rows * kPartialPitch);
+  std::byte* ring = rings + warp * kStages * kStageBytes;
+  std::byte* tail = rings + kWarps * kStages * kStageBytes;
+  bool one_row = args.rows == 1;
+  Routing routing{.plan = RoutePlan(args.rows <= kEntryRows ? tail : args.plan, picks),
+                  .one_row = one_row,
+                  .in_shared = args.rows <= kEntryRows};
+  UnitRange slice = slice_units(m.k, warp % kGateUpSlices, kGateUpSlices);
+  int half = warp / kGateUpSlices;
+
+  auto load_row = [&](int to, int row, int from_thread, int threads) {
+    const bf16* from = args.normed + static_cast<int64_t>(row) * m.k;
+    for (int v = from_thread; v < m.k / 8; v += threads)
+      copy_async_16(activations + to * pitch + v * 16, from + v * 8);
+  };
+  wait_for_predecessor();
+  launch_dependents();
+  if (routing.in_shared)
+    for (int row = 0; row < args.rows; ++row) load_row(row, row, thread, kThreads);
+  copy_async_commit();
+  if (one_row)
+    find_picks<kPerLane>(routing, args, lane);
+  else
+    find_plan<kPerLane>(routing, args, tail + round_up_16(RoutePlan::bytes(picks)));
+  copy_async_wait<0>();  // the rows
 
   int64_t all = static_cast<int64_t>(routing.entries) * pairs;
   int begin = static_cast<int>(all * blockIdx.x / gridDim.x);
   int end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x);
+  int index = begin / pairs, pair = begin - index * pairs;
 
-  int step = chunk_units(m.format);
-  struct {
-    int item, half, unit, entry, expert;
-  } producer{slice.begin == slice.end ? end : begin, 0, slice.begin, -1, 0};
-  int produced = 0;
-  auto produce = [&] {
-    if (producer.item < end) {
-      if (int entry = producer.item / pairs; entry != producer.entry) {
-        producer.entry = entry;
-        producer.expert = entry_of(routing, in_shared, entry).expert;
-      }
-      int tile = producer.item % pairs + producer.half * pairs;
-      int units = min(step, slice.end - producer.unit);
-      copy_chunk(ring + produced * kStageBytes, m,
-                 m.data + producer.expert * args.gate_up_bytes + tile * m.tile_bytes, producer.unit,
-                 units, lane);
-      produced = produced + 1 == kStages ? 0 : produced + 1;
-      producer.unit += units;
-      if (producer.unit >= slice.end) {
-        producer.unit = slice.begin;
-        producer.half ^= 1;
-        producer.item += producer.half == 0;
+  TileCopy copy;
+  int next = slice.begin == slice.end ? end : begin, next_entry = index, next_pair = pair;
+  const std::byte* next_expert = nullptr;
+  if (next < end) next_expert = m.data + routing.entry(index).expert * args.gate_up_bytes;
+  auto feed = [&](int stage) {
+    if (next < end) {
+      if (copy.left == 0)
+        copy.open(m, next_expert + (next_pair + half * pairs) * m.tile_bytes, slice, lane);
+      copy.next_chunk(ring + stage * kStageBytes, lane);
+      if (copy.left == 0 && ++next < end && ++next_pair == pairs) {
+        next_pair = 0;
+        next_expert = m.data + routing.entry(++next_entry).expert * args.gate_up_bytes;
       }
     }
     copy_async_commit();
   };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) produce();
+#pragma unroll 1
+  for (int i = 0; i < kStages; ++i) feed(i);
+  __syncthreads();
 
-  int current = -1, consumed = 0;
+  int current = -1, stage = 0;
   RouteEntry entry{0, 0, 0};
-  const std::byte* mine = activations + lane / 4 * pitch + lane % 4 * 16;
+  const std::byte* mine = activations;
+#pragma unroll 1
   for (int item = begin; item < end; ++item) {
-    if (int index = item / pairs; index != current) {
-      // The warp's own slice of the expert's rows; no other warp reads it.
+    if (index != current) {
       current = index;
-      entry = entry_of(routing, in_shared, index);
-      __syncwarp();
-      int vectors = (slice.end - slice.begin) * 8;  // of 16 bytes in a row
-      for (int base = 0; base < entry.count * vectors; base += 32 * 4) {
-        uint4 x[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (int at = base + i * 32 + lane; at < entry.count * vectors) {
-            int place = entry.first + at / vectors;
-            int pick = one_row     ? 0
-                       : in_shared ? routing.plan.pick_of[place]
-                                   : load_cg(routing.plan.pick_of + place);
-            x[i] = load_cg(reinterpret_cast<const uint4*>(
-                               args.normed + static_cast<int64_t>(pick / args.top_k) * m.k +
-                               slice.begin * kUnit) +
-                           at % vectors);
-          }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (int at = base + i * 32 + lane; at < entry.count * vectors)
-            *reinterpret_cast<uint4*>(activations + at / vectors * pitch + slice.begin * kUnit * 2 +
-                                      at % vectors * 16) = x[i];
+      entry = routing.entry(index);
+      int column = lane / 4;  // of the products: a pick of the entry
+      if (one_row) {
+        column = 0;
+      } else if (routing.in_shared) {
+        if (column < entry.count) column = routing.pick_of(entry.first + column) / args.top_k;
+      } else {
+        __syncthreads();  // the rows before have been read
+        for (int i = warp; i < entry.count; i += kWarps)
+          load_row(i, routing.pick_of(entry.first + i) / args.top_k, lane, 32);
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
       }
-      __syncwarp();
+      mine = activations + column * pitch + lane % 4 * 16;
     }
-    auto rows_of = [&](int, int unit, int half) {
-      uint4 b{0, 0, 0, 0};
-      if (lane / 4 < entry.count)
-        b = *reinterpret_cast<const uint4*>(mine + unit * 128 + half * 64);
-      return b;
-    };
-    float* sums = partial + (item - begin) % 2 * buffer_floats;
-    for (int half = 0; half < 2; ++half) {
-      TileSum<1> sum;
-      sum.clear();
-      for (int unit = slice.begin; unit < slice.end; unit += step) {
-        copy_async_wait<kStages - 2>();
-        __syncwarp();
-        produce();
-        sum.add(m, ring + consumed * kStageBytes, unit, min(step, slice.end - unit), lane, rows_of);
-        consumed = consumed + 1 == kStages ? 0 : consumed + 1;
-        __syncwarp();
-      }
-      sum.store(m, sums + (half * kSlices + warp) * entry.count * kPartialPitch, entry.count, lane);
-    }
-    // One barrier an item: the other half of `partial` is free until the next one.
+    TileSum<1> sum;
+    sum.clear();
+    add_tile<1, kStages>(sum, m, slice, ring, stage, lane, feed,
+                         [&](int, int unit, int last, int j) {
+                           uint4 b{0, 0, 0, 0};
+                           if (lane / 4 < entry.count && unit < last)
+                             b = *reinterpret_cast<const uint4*>(mine + unit * 128 + j * 64);
+                           return b;
+                         });
+    if (item > begin) __syncthreads();  // `partial` has been read
+    sum.store(partial + warp * entry.count * kPartialPitch, entry.count, lane);
     __syncthreads();
     if (int row = thread / 16; row < entry.count) {
       int output = thread % 16;
-      float gate = sum_slices(sums, entry.count, row, output);
-      float up = sum_slices(sums + kSlices * entry.count * kPartialPitch, entry.count, row, output);
-      args.routed[static_cast<int64_t>(entry.first + row) * (pairs * 16) + item % pairs * 16 +
-                  output] = __float2bfloat16(silu(gate) * up);
+      float gate = sum_slices<kGateUpSlices>(partial, entry.count, row, output);
+      float up = sum_slices<kGateUpSlices>(partial + kGateUpSlices * entry.count * kPartialPitch,
+                                           entry.count, row, output);
+      args.routed[static_cast<int64_t>(entry.first + row) * (pairs * 16) + pair * 16 + output] =
+          __float2bfloat16(silu(gate) * up);
+    }
+    if (++pair == pairs) {
+      pair = 0;
+      ++index;
     }
   }
 }
 
-// Grid (hidden / 16). Shared memory: [weighted sums (picks + rows) x 16][rings][one row's
-// activations of every warp, or plan and scratch].
-template <int kPerLane, int kStages, bool kOneRow>
-__global__ __launch_bounds__(32 * kDownWarps,
-                             kOneRow ? 2
-                                     : 1) void down_combine(const __grid_constant__ MoeArgs args) {
+// Grid (hidden / 16). A block owns 16 outputs of all rows, a warp whole entries, so that the
+// weighted sum in rank order, the shared expert and the residual end in the same block. Shared
+// memory: [weighted sums (picks + rows) x 16][rings][one row's activations of every warp, or plan
+// and scratch].
+template <int kPerLane, int kBlockWarps, int kStages, bool kOneRow>
+__global__ __launch_bounds__(32 * kBlockWarps,
+                             2) void down_combine(const __grid_constant__ MoeArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   int tile = static_cast<int>(blockIdx.x), picks = args.rows * args.top_k;
   auto* sums = reinterpret_cast<float*>(shared);  // [picks, then rows][16]
   std::byte* rings = shared + (picks + args.rows) * 64;
   std::byte* ring = rings + warp * kStages * kStageBytes;
-  std::byte* tail = rings + kDownWarps * kStages * kStageBytes;
-  bool in_shared = args.rows <= kEntryRows;
+  std::byte* tail = rings + kBlockWarps * kStages * kStageBytes;
+  Routing routing{.plan = RoutePlan(args.rows <= kEntryRows ? tail : args.plan, picks),
+                  .one_row = kOneRow,
+                  .in_shared = args.rows <= kEntryRows};
 
   // The router's logits come from the phase before the last, so the plan is made, and the weights
-  // are on their way, before the experts' activations are there.
-  Routing routing{{}, RoutePlan(in_shared ? tail : args.plan, picks), 0, kOneRow};
-  if (kOneRow) {
-    if (args.slot[0] != 0) {
-      routing.pick = pick_experts<kPerLane>(args.router, args.experts, args.top_k, lane);
-      routing.entries = args.top_k;
-    }
-  } else if (in_shared) {
-    build_plan<kPerLane>(
-        routing.plan, RouteScratch(tail + (RoutePlan::bytes(picks) + 15) / 16 * 16, args.experts),
-        args.router, args.slot, args.rows, args.experts, args.top_k);
-    routing.entries = *routing.plan.entries;
-  } else {
-    routing.entries = load_cg(routing.plan.entries);
+  // are on their way, before the experts' activations are there. So is what the end needs.
+  int first_row = thread / 16, output = tile * 16 + thread % 16;
+  float residual = 0, scale = 0;
+  int slot = 0;
+  if (first_row < args.rows) {
+    residual = load_cg(args.hidden + static_cast<int64_t>(first_row) * args.down.n + output);
+    scale = load_cg(args.shared_scale + first_row);
+    slot = load_cg(args.slot + first_row);
   }
+  if constexpr (kOneRow)
+    find_picks<kPerLane>(routing, args, lane);
+  else
+    find_plan<kPerLane>(routing, args, tail + round_up_16(RoutePlan::bytes(picks)));
 
   // This warp's share: shared-expert rows from the last warp backwards, then routed entries.
   int shared_entries = (args.rows + kEntryRows - 1) / kEntryRows;
-  int own_shared = (shared_entries - (kDownWarps - 1 - warp) + kDownWarps - 1) / kDownWarps;
-  int own_routed = (routing.entries - warp + kDownWarps - 1) / kDownWarps;
-  own_shared = max(own_shared, 0);
-  own_routed = max(own_routed, 0);
+  int from_last = kBlockWarps - 1 - warp;
+  int own_shared = max((shared_entries - from_last + kBlockWarps - 1) / kBlockWarps, 0);
+  int own_routed = max((routing.entries - warp + kBlockWarps - 1) / kBlockWarps, 0);
+  int count = own_shared + own_routed;
   auto entry_at = [&](int index) -> RouteEntry {
     if (index < own_shared) {
-      int first = (kDownWarps - 1 - warp + index * kDownWarps) * kEntryRows;
+      int first = (from_last + index * kBlockWarps) * kEntryRows;
       return {-1, first, min(kEntryRows, args.rows - first)};
     }
-    return entry_of(routing, in_shared, warp + (index - own_shared) * kDownWarps);
+    return routing.entry(warp + (index - own_shared) * kBlockWarps);
   };
 
-  struct {
-    int index, unit;
-    RouteEntry entry;
-  } producer{0, 0, {}};
-  int count = own_shared + own_routed, produced = 0;
-  if (count > 0) producer.entry = entry_at(0);
-  auto produce = [&] {
-    if (producer.index < count) {
-      bool is_shared = producer.entry.expert < 0;
-      const Matrix& m = is_shared ? args.shared_down : args.down;
-      int units = min(chunk_units(m.format), m.k / kUnit - producer.unit);
-      copy_chunk(
-          ring + produced * kStageBytes, m,
-          m.data + (is_shared ? 0 : producer.entry.expert * args.down_bytes) + tile * m.tile_bytes,
-          producer.unit, units, lane);
-      produced = produced + 1 == kStages ? 0 : produced + 1;
-      producer.unit += units;
-      if (producer.unit >= m.k / kUnit) {
-        producer.unit = 0;
-        if (++producer.index < count) producer.entry = entry_at(producer.index);
+  TileCopy copy;
+  int next = 0;
+  auto feed = [&](int stage) {
+    if (next < count) {
+      if (copy.left == 0) {
+        int expert = entry_at(next).expert;
+        const Matrix& m = expert < 0 ? args.shared_down : args.down;
+        copy.open(m, m.data + max(expert, 0) * args.down_bytes + tile * m.tile_bytes,
+                  {0, m.k / kUnit}, lane);
       }
+      copy.next_chunk(ring + stage * kStageBytes, lane);
+      if (copy.left == 0) ++next;
     }
     copy_async_commit();
   };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) produce();
+#pragma unroll 1
+  for (int i = 0; i < kStages; ++i) feed(i);
 
-  int consumed = 0, q = lane / 4, t = lane % 4;
-  auto run = [&](int index) {
+  int stage = 0, q = lane / 4, t = lane % 4;
+  bool waited = false;
+#pragma unroll 1
+  for (int index = 0; index < count; ++index) {
+    // The shared expert's activations are as old as the router's logits.
+    if (index == own_shared) {
+      wait_for_predecessor();
+      launch_dependents();
+      waited = true;
+    }
     RouteEntry entry = entry_at(index);
     bool is_shared = entry.expert < 0;
     const Matrix& m = is_shared ? args.shared_down : args.down;
-    const bf16* from = (is_shared ? args.shared : args.routed) +
-                       static_cast<int64_t>(entry.first + q) * m.k + t * 8;
-    int all = m.k / kUnit, step = chunk_units(m.format);
+    const auto* from =
+        reinterpret_cast<const uint4*>((is_shared ? args.shared : args.routed) +
+                                       static_cast<int64_t>(entry.first + (kOneRow ? 0 : q)) * m.k);
+    UnitRange all{0, m.k / kUnit};
     TileSum<1> sum;
     sum.clear();
-    auto consume = [&](int unit, const auto& rows_of) {
-      copy_async_wait<kStages - 2>();
-      __syncwarp();
-      produce();
-      sum.add(m, ring + consumed * kStageBytes, unit, min(step, all - unit), lane, rows_of);
-      consumed = consumed + 1 == kStages ? 0 : consumed + 1;
-      __syncwarp();
-    };
     if constexpr (kOneRow) {
-      auto* row =
-          reinterpret_cast<uint4*>(tail) + warp * (max(args.down.k, args.shared_down.k) / 8);
-      for (int at = lane; at < m.k / 8; at += 32)
-        row[at] = load_cg(reinterpret_cast<const uint4*>(from - q * m.k - t * 8) + at);
+      auto* x = reinterpret_cast<uint4*>(tail) + warp * (max(args.down.k, args.shared_down.k) / 8);
       __syncwarp();
-      for (int unit = 0; unit < all; unit += step)
-        consume(unit, [&](int, int u, int half) {
-          return q == 0 ? row[u * 8 + half * 4 + t] : uint4{0, 0, 0, 0};
-        });
+      for (int at = lane; at < m.k / 8; at += 32) x[at] = load_cg(from + at);
+      __syncwarp();
+      add_tile<1, kStages>(sum, m, all, ring, stage, lane, feed,
+                           [&](int, int unit, int end, int j) {
+                             uint4 b{0, 0, 0, 0};
+                             if (q == 0 && unit < end) b = x[unit * 8 + j * 4 + t];
+                             return b;
+                           });
     } else {
-      // The next chunk's activations are on their way while this one is summed.
-      uint4 b[8], next[8];
-      auto load = [&](uint4(&to)[8], int unit) {
+      int step = chunk_units(m.format);
+#pragma unroll 1
+      for (int unit = 0; unit < all.end; unit += step) {
+        int units = min(step, all.end - unit);
+        uint4 b[8];  // on their way while the weights are waited for
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          to[i] = uint4{0, 0, 0, 0};
-          if (i / 2 < step && unit + i / 2 < all && q < entry.count)
-            to[i] = load_cg(reinterpret_cast<const uint4*>(from + unit * kUnit + i * 32));
+          b[i] = uint4{0, 0, 0, 0};
+          if (i / 2 < units && q < entry.count) b[i] = load_cg(from + (unit * 8 + i * 4 + t));
         }
-      };
-      load(next, 0);
-      for (int unit = 0; unit < all; unit += step) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) b[i] = next[i];
-        if (unit + step < all) load(next, unit + step);
-        consume(unit, [&](int, int u, int half) { return b[(u - unit) * 2 + half]; });
+        copy_async_wait<kStages - 1>();
+        __syncwarp();
+        sum.add(m.format, m.group_shift, ring + stage * kStageBytes, units, lane,
+                [&](int, int u, int j) { return b[u * 2 + j]; });
+        __syncwarp();
+        feed(stage);
+        stage = stage + 1 == kStages ? 0 : stage + 1;
       }
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       int n = 2 * t + j % 2;
       float weight = 1.0f;
-      int pick = is_shared ? picks + entry.first + n : 0;
-      if (kOneRow && !is_shared) {
-        pick = entry.first;
+      int pick = is_shared ? picks + entry.first + n : entry.first;
+      if (kOneRow && !is_shared)
         weight = __shfl_sync(0xffffffffu, routing.pick.weight, entry.first);
-      }
       if (n >= entry.count) continue;
       if (!kOneRow && !is_shared) {
-        int place = entry.first + n;
-        pick = in_shared ? routing.plan.pick_of[place] : load_cg(routing.plan.pick_of + place);
-        weight = in_shared ? routing.plan.weight[pick] : load_cg(routing.plan.weight + pick);
+        pick = routing.pick_of(entry.first + n);
+        weight =
+            routing.in_shared ? routing.plan.weight[pick] : load_cg(routing.plan.weight + pick);
       }
-      sums[pick * 16 + q + j / 2 * 8] = __fmul_rn(weight, sum.result(m, 0, j));
+      sums[pick * 16 + q + j / 2 * 8] = __fmul_rn(weight, sum.total[0][j]);
     }
-  };
-  // The shared expert's activations are as old as the router's logits.
-  for (int i = 0; i < own_shared; ++i) run(i);
-  int row = thread / 16, output = tile * 16 + thread % 16;
-  float residual = 0, scale = 0;
-  if (row < args.rows) {
-    residual = load_cg(args.hidden + static_cast<int64_t>(row) * args.down.n + output);
-    scale = load_cg(args.shared_scale + row);
   }
-  wait_for_predecessor();
-  launch_dependents();
-  for (int i = own_shared; i < count; ++i) run(i);
+  if (!waited) {
+    wait_for_predecessor();
+    launch_dependents();
+  }
   __syncthreads();
-  for (; row < args.rows; row += 2 * kDownWarps) {
+  for (int row = first_row; row < args.rows; row += 2 * kBlockWarps) {
     float* hidden = args.hidden + static_cast<int64_t>(row) * args.down.n + output;
-    if (row * 16 >= 32 * kDownWarps) {
+    if (row >= 2 * kBlockWarps) {
       residual = load_cg(hidden);
       scale = load_cg(args.shared_scale + row);
+      slot = load_cg(args.slot + row);
     }
-    if (args.slot[row] == 0) continue;
+    if (slot == 0) continue;
     float sum = 0;
     for (int rank = 0; rank < args.top_k; ++rank)
       sum = __fadd_rn(sum, sums[(row * args.top_k + rank) * 16 + thread % 16]);
@@ -359,16 +353,16 @@ __global__ __launch_bounds__(32 * kDownWarps,
 }
 
 size_t plan_bytes(int picks, int experts) {
-  return (RoutePlan::bytes(picks) + 15) / 16 * 16 + RouteScratch::bytes(experts);
+  return round_up_16(RoutePlan::bytes(picks)) + RouteScratch::bytes(experts, picks);
 }
 
 template <int kPerLane>
 void allow(size_t limit) {
   allow_shared(route<kPerLane>, limit);
-  allow_shared(gate_up<kPerLane, 6>, limit);
   allow_shared(gate_up<kPerLane, 4>, limit);
-  allow_shared(down_combine<kPerLane, 3, true>, limit);
-  allow_shared(down_combine<kPerLane, 6, false>, limit);
+  allow_shared(gate_up<kPerLane, 3>, limit);
+  allow_shared(down_combine<kPerLane, kOneRowWarps, 3, true>, limit);
+  allow_shared(down_combine<kPerLane, kDownWarps, 4, false>, limit);
 }
 
 }  // namespace
@@ -406,37 +400,38 @@ void launch_gate_up(const Launcher& launch, const MoeArgs& args, int sms) {
   int picks = args.rows * args.top_k, act_rows = std::min(args.rows, kEntryRows);
   bool many = args.rows > kEntryRows;
   if (many)
-    launch(route<kPerLane>, dim3(1), kRouteThreads, RouteScratch::bytes(args.experts), args);
+    launch(route<kPerLane>, dim3(1), kRouteThreads, RouteScratch::bytes(args.experts, picks), args);
   auto bytes = [&](int stages) {
     return static_cast<size_t>(act_rows) * activation_pitch(args.gate_up.k) +
-           static_cast<size_t>(4 * kSlices * act_rows * kPartialPitch * 4) +
-           static_cast<size_t>(kSlices * stages * kStageBytes) +
+           static_cast<size_t>(kWarps * act_rows * kPartialPitch * 4) +
+           static_cast<size_t>(kWarps * stages * kStageBytes) +
            (many || args.rows == 1 ? 0 : plan_bytes(picks, args.experts));
   };
   int most = std::min(args.experts, picks) * args.gate_up.tiles / 2;
   dim3 grid(static_cast<unsigned>(std::min(sms, most)));
   if (args.rows == 1)
-    launch(gate_up<kPerLane, 6>, grid, kGateUpThreads, bytes(6), args, act_rows);
+    launch(gate_up<kPerLane, 4>, grid, kThreads, bytes(4), args, act_rows);
   else
-    launch(gate_up<kPerLane, 4>, grid, kGateUpThreads, bytes(4), args, act_rows);
+    launch(gate_up<kPerLane, 3>, grid, kThreads, bytes(3), args, act_rows);
 }
 
 template <int kPerLane>
 void launch_down(const Launcher& launch, const MoeArgs& args) {
   int picks = args.rows * args.top_k;
   dim3 grid(static_cast<unsigned>(args.down.tiles));
-  auto bytes = [&](int stages) {
+  auto bytes = [&](int warps, int stages, size_t tail) {
     return static_cast<size_t>(picks + args.rows) * 64 +
-           static_cast<size_t>(kDownWarps * stages * kStageBytes) +
-           (args.rows == 1
-                ? static_cast<size_t>(kDownWarps * 2 * std::max(args.down.k, args.shared_down.k))
-            : args.rows > kEntryRows ? 0
-                                     : plan_bytes(picks, args.experts));
+           static_cast<size_t>(warps * stages * kStageBytes) + tail;
   };
-  if (args.rows == 1)
-    launch(down_combine<kPerLane, 3, true>, grid, 32 * kDownWarps, bytes(3), args);
-  else
-    launch(down_combine<kPerLane, 6, false>, grid, 32 * kDownWarps, bytes(6), args);
+  if (args.rows == 1) {
+    auto row = static_cast<size_t>(2 * std::max(args.down.k, args.shared_down.k));
+    launch(down_combine<kPerLane, kOneRowWarps, 3, true>, grid, 32 * kOneRowWarps,
+           bytes(kOneRowWarps, 3, kOneRowWarps * row), args);
+  } else {
+    size_t plan = args.rows > kEntryRows ? 0 : plan_bytes(picks, args.experts);
+    launch(down_combine<kPerLane, kDownWarps, 4, false>, grid, 32 * kDownWarps,
+           bytes(kDownWarps, 4, plan), args);
+  }
 }
 
 }  // namespace

@@ -59,8 +59,8 @@ class CudaOps {
   // dense.cu: the tiles of every block of a projection, by the matrices it reads.
   struct Schedule {
     std::vector<WeightSpec> specs;
-    DeviceBuffer<int32_t> items;  // [blocks, items_per_block]
-    int blocks = 0, items_per_block = 0;
+    DeviceBuffer<int32_t> items;  // [blocks, items_stride] how many, then each
+    int blocks = 0, items_stride = 0;
   };
   const Schedule& schedule(std::span<const WeightView* const> views, bool pairs);
   void project_rows(ProjectArgs& args, const Schedule* schedule);

@@ -36,13 +36,16 @@ struct RouteScratch {
   unsigned long long* rows_of;  // [experts] bit r: row r takes the expert
   int* begin;                   // [experts]
   int* warp_total;              // [32]
-  __host__ __device__ static size_t bytes(int experts) {
-    return static_cast<size_t>(experts) * 12 + 128;
+  int16_t* expert;              // [picks] -1: the row takes none
+  __host__ __device__ static size_t bytes(int experts, int picks) {
+    return static_cast<size_t>(experts) * 12 + 128 +
+           (static_cast<size_t>(picks) * 2 + 15) / 16 * 16;
   }
   __device__ RouteScratch(std::byte* at, int experts)
       : rows_of(reinterpret_cast<unsigned long long*>(at)),
         begin(reinterpret_cast<int*>(rows_of + experts)),
-        warp_total(begin + experts) {}
+        warp_total(begin + experts),
+        expert(reinterpret_cast<int16_t*>(warp_total + 32)) {}
 };
 
 // One pick of the router for lane < top_k: the lane's rank.
@@ -51,44 +54,53 @@ struct Pick {
   float weight;
 };
 
+// A row's router logits in the lanes of a warp, as keys that grow with the logit: lane l holds
+// experts l, 32 + l, ...; 0 where there is none.
+template <int kPerLane>
+struct RouterKeys {
+  uint32_t key[kPerLane];
+
+  __device__ __forceinline__ void load(const float* logits, int experts, int lane) {
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j)
+      key[j] = j * 32 + lane < experts ? __float_as_uint(load_cg(logits + j * 32 + lane)) : ~0u;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j)
+      key[j] = key[j] & 0x80000000u ? ~key[j] : key[j] | 0x80000000u;
+  }
+};
+
 // The top_k likeliest experts of a row, ties to the lowest index, and their softmax renormalised to
 // sum 1. All lanes of a warp; experts <= 32 * kPerLane.
 template <int kPerLane>
-__device__ __forceinline__ Pick pick_experts(const float* logits, int experts, int top_k,
-                                             int lane) {
-  uint32_t key[kPerLane];  // grows with the logit
-  uint32_t alive = 0;
-#pragma unroll
-  for (int j = 0; j < kPerLane; ++j) {
-    key[j] = 0;
-    if (int e = j * 32 + lane; e < experts) {
-      uint32_t bits = __float_as_uint(load_cg(logits + e));
-      key[j] = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-      alive |= 1u << j;
-    }
-  }
+__device__ __forceinline__ Pick pick_experts(RouterKeys<kPerLane>& keys, int top_k, int lane) {
   Pick mine{0, 0.0f};
-  float top = 0, sum = 0;
+  uint32_t own = 0, top = 0;
+#pragma unroll 1
   for (int rank = 0; rank < top_k; ++rank) {
-    uint32_t best = 0;
-    int at = -1;
+    uint32_t best = keys.key[0];
+#pragma unroll
+    for (int j = 1; j < kPerLane; ++j) best = max(best, keys.key[j]);
+    uint32_t most = __reduce_max_sync(0xffffffffu, best);
+    uint32_t candidate = ~0u;
+#pragma unroll
+    for (int j = kPerLane - 1; j >= 0; --j)
+      if (keys.key[j] == most) candidate = static_cast<uint32_t>(j * 32 + lane);
+    uint32_t expert = __reduce_min_sync(0xffffffffu, candidate);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j)
-      if ((alive >> j & 1) && (at < 0 || key[j] > best)) {
-        best = key[j];
-        at = j;
-      }
-    uint32_t most = __reduce_max_sync(0xffffffffu, best);
-    unsigned candidate = at >= 0 && best == most ? static_cast<unsigned>(at * 32 + lane) : ~0u;
-    int expert = static_cast<int>(__reduce_min_sync(0xffffffffu, candidate));
-    if (at >= 0 && expert == at * 32 + lane) alive &= ~(1u << at);
-    float logit = __uint_as_float(most & 0x80000000u ? most & 0x7fffffffu : ~most);
-    if (rank == 0) top = logit;
-    float weight = expf(logit - top);
-    sum += weight;
-    if (lane == rank) mine = {expert, weight};
+      if (expert == static_cast<uint32_t>(j * 32 + lane)) keys.key[j] = 0;
+    if (rank == 0) top = most;
+    if (lane == rank) {
+      mine.expert = static_cast<int>(expert);
+      own = most;
+    }
   }
-  mine.weight /= sum;
+  auto logit = [](uint32_t key) {
+    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+  };
+  if (lane < top_k) mine.weight = expf(logit(own) - logit(top));
+  mine.weight /= warp_sum(mine.weight);
   return mine;
 }
 
@@ -100,19 +112,18 @@ __device__ void build_plan(const RoutePlan& plan, const RouteScratch& scratch, c
   int threads = static_cast<int>(blockDim.x), warps = threads / 32;
   for (int e = thread; e < experts; e += threads) scratch.rows_of[e] = 0;
   __syncthreads();
-  Pick mine[64 / 8];  // of the rows that this warp takes: at most 8 with 8 warps
-  int taken = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    int row = warp + i * warps;
-    if (row >= rows || slot[row] == 0) continue;
-    mine[i] =
-        pick_experts<kPerLane>(router + static_cast<int64_t>(row) * experts, experts, top_k, lane);
-    taken |= 1 << i;
-    if (lane < top_k) {
-      plan.weight[row * top_k + lane] = mine[i].weight;
-      atomicOr(&scratch.rows_of[mine[i].expert], 1ull << row);
-    }
+#pragma unroll 1
+  for (int row = warp; row < rows; row += warps) {
+    RouterKeys<kPerLane> keys;
+    int of = load_cg(slot + row);
+    keys.load(router + static_cast<int64_t>(row) * experts, experts, lane);
+    Pick mine = pick_experts(keys, top_k, lane);
+    if (lane >= top_k) continue;
+    plan.weight[row * top_k + lane] = mine.weight;
+    scratch.expert[row * top_k + lane] = static_cast<int16_t>(of == 0 ? -1 : mine.expert);
+    if (of != 0)  // 32 bits at a time: there is no wider atomic in shared memory
+      atomicOr(reinterpret_cast<unsigned*>(scratch.rows_of + mine.expert) + row / 32,
+               1u << row % 32);
   }
   __syncthreads();
   // Running sums over the experts, of picks in the low half and of entries in the high half.
@@ -144,13 +155,11 @@ __device__ void build_plan(const RoutePlan& plan, const RouteScratch& scratch, c
     __syncthreads();
   }
   if (thread == 0) *plan.entries = carried >> 16;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    int row = warp + i * warps;
-    if (!(taken >> i & 1) || lane >= top_k) continue;
-    int e = mine[i].expert;
+  for (int pick = thread; pick < rows * top_k; pick += threads) {
+    int e = scratch.expert[pick], row = pick / top_k;
+    if (e < 0) continue;
     int place = scratch.begin[e] + __popcll(scratch.rows_of[e] & ((1ull << row) - 1));
-    plan.pick_of[place] = row * top_k + lane;
+    plan.pick_of[place] = pick;
   }
   __syncthreads();
 }

@@ -1,12 +1,15 @@
 // Streaming weight tiles through the tensor cores, for 1 to 32 activation rows.
 //
 // A block's warps split the inputs k of a tile; each warp streams its own slice of every tile
-// through a ring in shared memory that only it reads and writes, so the copies need no barrier and
-// run far ahead: before the kernel's predecessor has ended, and across the block's barriers.
-// A chunk is up to 2048 bytes of codes of one tile, with their scales.
+// through a ring in shared memory that only it writes and reads, so the copies need no barrier and
+// run ahead: before the kernel's predecessor has ended, and across the block's barriers. A chunk is
+// up to 2048 bytes of codes of one tile, with their scales.
 //
-// The sum of an output runs over the steps of a group on the tensor core (fp32), then over the
-// groups of a slice, then over the slices: the same order for any number of rows.
+// The sum of an output runs over the inputs of a unit on the tensor core (fp32), then over the
+// units of a slice with their scales, then over the slices: the same order for any number of rows.
+//
+// With few rows a multiprocessor is bound by what its warps issue before memory is: what counts is
+// the number of instructions for a chunk.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -15,16 +18,18 @@
 
 namespace qwen_moe::cuda {
 
-inline constexpr int kSlices = 8;               // warps that share a tile's inputs
+inline constexpr int kWarps = 8;  // of a block; they share a tile's inputs
+inline constexpr int kThreads = 32 * kWarps;
 inline constexpr int kChunkBytes = 2048;        // codes of a chunk
 inline constexpr int kStageBytes = 2048 + 128;  // and the scales of at most 4 groups
-inline constexpr int kPartialPitch = 20;        // floats of a row of 16 outputs; free of conflicts
+inline constexpr int kPartialPitch = 20;        // floats of a row of 16 outputs; no bank conflicts
 
 // A packed matrix as the kernels see it.
 struct Matrix {
   const std::byte* data = nullptr;
   WeightFormat format = WeightFormat::bf16;
-  int n = 0, k = 0, group = 0;
+  int n = 0, k = 0;
+  int group_shift = -1;  // units of a group: 1 << group_shift; -1: no groups, no scales
   int tiles = 0;
   int scale_bytes = 0;  // of a tile
   int64_t tile_bytes = 0;
@@ -35,7 +40,7 @@ struct Matrix {
         format(view.spec.format),
         n(view.spec.n),
         k(view.spec.k),
-        group(view.spec.group),
+        group_shift(view.spec.group == 0 ? -1 : view.spec.group / kUnit - 1),
         tiles(view.spec.tiles()),
         scale_bytes(static_cast<int>(view.spec.scale_bytes())),
         tile_bytes(static_cast<int64_t>(view.spec.tile_bytes())) {}
@@ -55,26 +60,41 @@ __device__ __forceinline__ UnitRange slice_units(int k, int w, int slices) {
   return {w * blocks / slices * per, (w + 1) * blocks / slices * per};
 }
 
-__device__ __forceinline__ int chunk_units(WeightFormat format) {
+// Units of a full chunk.
+__host__ __device__ constexpr int chunk_units(WeightFormat format) {
   return kChunkBytes / unit_bytes(format);
 }
 
-// Starts copying `units` units of a tile from unit `first` on; all lanes of a warp.
-__device__ __forceinline__ void copy_chunk(std::byte* stage, const Matrix& m, const std::byte* tile,
-                                           int first, int units, int lane) {
-  int each = unit_bytes(m.format), bytes = units * each;
-  const std::byte* codes = tile + m.scale_bytes + static_cast<int64_t>(first) * each;
+// A warp's slice of one tile on its way into the ring, chunk by chunk.
+struct TileCopy {
+  const std::byte *codes = nullptr, *scales = nullptr;  // what the lane copies next
+  int left = 0;                                         // units
+  int group_shift = 0;
+  WeightFormat format = WeightFormat::bf16;
+
+  __device__ __forceinline__ void open(const Matrix& m, const std::byte* tile, UnitRange slice,
+                                       int lane) {
+    format = m.format;
+    group_shift = m.group_shift;
+    left = slice.end - slice.begin;
+    codes = tile + m.scale_bytes + slice.begin * unit_bytes(format) + lane * 16;
+    scales = tile + (slice.begin >> max(group_shift, 0)) * 32 + lane * 16;
+  }
+  __device__ __forceinline__ void next_chunk(std::byte* stage, int lane) {
+    int units = min(chunk_units(format), left), bytes = units * unit_bytes(format);
+    std::byte* to = stage + lane * 16;
 #pragma unroll
-  for (int i = 0; i < kChunkBytes / 512; ++i) {
-    int at = i * 512 + lane * 16;
-    if (at < bytes) copy_async_16(stage + at, codes + at);
+    for (int i = 0; i < kChunkBytes / 512; ++i)
+      if (i * 512 < bytes) copy_async_16(to + i * 512, codes + i * 512);
+    if (group_shift >= 0) {
+      int scale_bytes = units >> group_shift << 5;
+      if (lane * 16 < scale_bytes) copy_async_16(to + kChunkBytes, scales);
+      scales += scale_bytes;
+    }
+    codes += bytes;
+    left -= units;
   }
-  if (m.group != 0) {
-    int scale_bytes = units * kUnit / m.group * 32;
-    const std::byte* scales = tile + first * kUnit / m.group * 32;
-    if (lane * 16 < scale_bytes) copy_async_16(stage + kChunkBytes + lane * 16, scales + lane * 16);
-  }
-}
+};
 
 // Four bf16 pairs of one step from a word of eight int4 codes: 128 + code is exact in bf16.
 __device__ __forceinline__ void widen_int4(uint32_t (&a)[4], uint32_t word) {
@@ -101,121 +121,147 @@ __device__ __forceinline__ void widen_int8(uint32_t& first, uint32_t& second, ui
   second = __byte_perm(__float_as_uint(f[2]), __float_as_uint(f[3]), 0x7632);
 }
 
-// The four A fragments of a unit.
+// 16-byte vectors that a lane holds of a unit.
+__host__ __device__ constexpr int lane_vectors(WeightFormat format) {
+  return unit_bytes(format) / 512;
+}
+
+// The A fragment of step 2 j + s of a unit, from the lane's vectors.
 template <WeightFormat kFormat>
-__device__ __forceinline__ void widen_unit(uint32_t (&a)[4][4], const std::byte* codes, int lane) {
-  const auto* vectors = reinterpret_cast<const uint4*>(codes);
+__device__ __forceinline__ void widen_step(uint32_t (&a)[4], const uint4* raw, int j, int s) {
   if constexpr (kFormat == WeightFormat::int4) {
-    uint4 words = vectors[lane];
-    widen_int4(a[0], words.x);
-    widen_int4(a[1], words.y);
-    widen_int4(a[2], words.z);
-    widen_int4(a[3], words.w);
+    widen_int4(a, j == 0 ? (s == 0 ? raw->x : raw->y) : (s == 0 ? raw->z : raw->w));
   } else if constexpr (kFormat == WeightFormat::int8) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      uint4 words = vectors[j * 32 + lane];
-      widen_int8(a[2 * j][0], a[2 * j][1], words.x);
-      widen_int8(a[2 * j][2], a[2 * j][3], words.y);
-      widen_int8(a[2 * j + 1][0], a[2 * j + 1][1], words.z);
-      widen_int8(a[2 * j + 1][2], a[2 * j + 1][3], words.w);
-    }
+    widen_int8(a[0], a[1], s == 0 ? raw[j].x : raw[j].z);
+    widen_int8(a[2], a[3], s == 0 ? raw[j].y : raw[j].w);
   } else {
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      uint4 words = vectors[s * 32 + lane];
-      a[s][0] = words.x;
-      a[s][1] = words.y;
-      a[s][2] = words.z;
-      a[s][3] = words.w;
-    }
+    const uint4& words = raw[2 * j + s];
+    a[0] = words.x;
+    a[1] = words.y;
+    a[2] = words.z;
+    a[3] = words.w;
   }
 }
 
-// Sums of one tile slice for 8 * kTiles rows, in mma's accumulator order.
+// A warp's sums of one tile for 8 * kTiles rows, in mma's accumulator order.
 template <int kTiles>
 struct TileSum {
-  float group[kTiles][4];  // of the running group
   float total[kTiles][4];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) group[i][j] = total[i][j] = 0.0f;
+      for (int j = 0; j < 4; ++j) total[i][j] = 0.0f;
   }
 
-  // Adds a chunk. `rows_of(tile, unit, half)` gives the lane's 8 activations of row tile `tile`,
-  // inputs 64 unit + 32 half + 8 (lane % 4) on, as four words; zeros for rows beyond the last.
+  // Adds a chunk of `units` units. `rows_of(tile, u, half)` gives the lane's 8 activations of row
+  // tile `tile`, inputs 32 half + 8 (lane % 4) on of the chunk's unit u, as four words; zeros for
+  // rows and units beyond the last.
   template <class RowsOf>
-  __device__ __forceinline__ void add(const Matrix& m, const std::byte* stage, int first, int units,
-                                      int lane, const RowsOf& rows_of) {
-    if (m.format == WeightFormat::int4)
-      add_as<WeightFormat::int4>(m, stage, first, units, lane, rows_of);
-    else if (m.format == WeightFormat::int8)
-      add_as<WeightFormat::int8>(m, stage, first, units, lane, rows_of);
+  __device__ __forceinline__ void add(WeightFormat format, int group_shift, const std::byte* stage,
+                                      int units, int lane, const RowsOf& rows_of) {
+    if (format == WeightFormat::int4)
+      add_as<WeightFormat::int4>(group_shift, stage, units, lane, rows_of);
+    else if (format == WeightFormat::int8)
+      add_as<WeightFormat::int8>(group_shift, stage, units, lane, rows_of);
     else
-      add_as<WeightFormat::bf16>(m, stage, first, units, lane, rows_of);
+      add_as<WeightFormat::bf16>(group_shift, stage, units, lane, rows_of);
   }
 
   template <WeightFormat kFormat, class RowsOf>
-  __device__ __forceinline__ void add_as(const Matrix& m, const std::byte* stage, int first,
-                                         int units, int lane, const RowsOf& rows_of) {
+  __device__ __forceinline__ void add_as(int group_shift, const std::byte* stage, int units,
+                                         int lane, const RowsOf& rows_of) {
+    // Two units side by side: the products of one follow each other only at their full latency.
+    constexpr int kSide = kFormat == WeightFormat::bf16 ? 1 : 2, kVectors = lane_vectors(kFormat);
+    const auto* vectors = reinterpret_cast<const uint4*>(stage) + lane;
+    const auto* scales = reinterpret_cast<const __half*>(stage + kChunkBytes) + lane / 4;
 #pragma unroll
-    for (int u = 0; u < kChunkBytes / unit_bytes(kFormat); ++u) {
+    for (int u = 0; u < chunk_units(kFormat); u += kSide) {
       if (u >= units) break;
-      uint32_t a[4][4];
-      widen_unit<kFormat>(a, stage + u * unit_bytes(kFormat), lane);
+      uint4 raw[kSide][kVectors];
+      float low[kSide], high[kSide];
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int v = 0; v < kSide; ++v) {
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          uint4 b = rows_of(i, first + u, j);
-          mma_16x8x16(group[i], a[2 * j], b.x, b.y);
-          mma_16x8x16(group[i], a[2 * j + 1], b.z, b.w);
+        for (int i = 0; i < kVectors; ++i) raw[v][i] = vectors[((u + v) * kVectors + i) * 32];
+        low[v] = high[v] = 1.0f;
+        if constexpr (kFormat != WeightFormat::bf16) {
+          const __half* of = scales + ((u + v) >> group_shift) * 16;
+          low[v] = __half2float(of[0]);
+          high[v] = __half2float(of[8]);
+          if (v > 0 && u + v >= units) low[v] = high[v] = 0.0f;  // and whatever the codes are
         }
-      if constexpr (kFormat != WeightFormat::bf16)
-        if ((u + 1) * kUnit % m.group == 0)
-          end_group(stage + kChunkBytes + ((u + 1) * kUnit / m.group - 1) * 32, lane);
+      }
+      float sum[kSide][kTiles][4] = {};
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        uint4 b[kSide][kTiles];
+#pragma unroll
+        for (int v = 0; v < kSide; ++v)
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) b[v][i] = rows_of(i, u + v, j);
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+#pragma unroll
+          for (int v = 0; v < kSide; ++v) {
+            uint32_t a[4];
+            widen_step<kFormat>(a, raw[v], j, s);
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i)
+              mma_16x8x16(sum[v][i], a, s == 0 ? b[v][i].x : b[v][i].z,
+                          s == 0 ? b[v][i].y : b[v][i].w);
+          }
+      }
+#pragma unroll
+      for (int v = 0; v < kSide; ++v)
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            total[i][j] = fmaf(j < 2 ? low[v] : high[v], sum[v][i][j], total[i][j]);
     }
   }
 
-  __device__ __forceinline__ void end_group(const std::byte* scales, int lane) {
-    float low = __half2float(reinterpret_cast<const __half*>(scales)[lane / 4]);
-    float high = __half2float(reinterpret_cast<const __half*>(scales)[lane / 4 + 8]);
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        total[i][j] = __fadd_rn(total[i][j], __fmul_rn(j < 2 ? low : high, group[i][j]));
-        group[i][j] = 0.0f;
-      }
-  }
-
-  // What the slice adds up to; dense formats have one group without a scale.
-  __device__ __forceinline__ float result(const Matrix& m, int i, int j) const {
-    return m.group == 0 ? group[i][j] : total[i][j];
-  }
-
   // Writes the rows below `rows` to to[row * kPartialPitch + output].
-  __device__ __forceinline__ void store(const Matrix& m, float* to, int rows, int lane) const {
+  __device__ __forceinline__ void store(float* to, int rows, int lane) const {
     int q = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         int row = 8 * i + 2 * t + j % 2;
-        if (row < rows) to[row * kPartialPitch + q + j / 2 * 8] = result(m, i, j);
+        if (row < rows) to[row * kPartialPitch + q + j / 2 * 8] = total[i][j];
       }
   }
 };
 
-// The sum of the slices, in order. `partial` is [slices][rows][kPartialPitch].
+// Adds a warp's slice of a tile, chunk by chunk as they come. `feed(stage)` starts the copy that
+// comes next, into the stage just read; every call is one group of copies.
+template <int kTiles, int kStages, class Feed, class RowsOf>
+__device__ __forceinline__ void add_tile(TileSum<kTiles>& sum, const Matrix& m, UnitRange slice,
+                                         std::byte* ring, int& stage, int lane, const Feed& feed,
+                                         const RowsOf& rows_of) {
+  int step = chunk_units(m.format);
+#pragma unroll 1
+  for (int unit = slice.begin; unit < slice.end; unit += step) {
+    copy_async_wait<kStages - 1>();
+    __syncwarp();  // scales come from other lanes
+    sum.add(m.format, m.group_shift, ring + stage * kStageBytes, min(step, slice.end - unit), lane,
+            [&](int i, int u, int half) { return rows_of(i, unit + u, slice.end, half); });
+    __syncwarp();
+    feed(stage);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+}
+
+// The sum over `kSlices` slices, in order. `partial` is [kSlices][rows][kPartialPitch].
+template <int kSlices = kWarps>
 __device__ __forceinline__ float sum_slices(const float* partial, int rows, int row, int output) {
-  float sum = partial[row * kPartialPitch + output];
+  const float* from = partial + row * kPartialPitch + output;
+  float sum = from[0];
 #pragma unroll
-  for (int w = 1; w < kSlices; ++w)
-    sum = __fadd_rn(sum, partial[(w * rows + row) * kPartialPitch + output]);
+  for (int w = 1; w < kSlices; ++w) sum = __fadd_rn(sum, from[w * rows * kPartialPitch]);
   return sum;
 }
 

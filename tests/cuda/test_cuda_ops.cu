@@ -2,8 +2,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <optional>
 #include <random>
 
@@ -92,28 +94,12 @@ class CudaOpsTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
     own_stream.emplace();
     auto [shapes, recipe] = GetParam();
     c = config_of(shapes);
-    auto host = make_cpu_weight_home(16);
-    auto make = [&](const char* name, std::shared_ptr<WeightHome> home) {
-      return std::make_unique<Model>(c, recipe, DType::bf16, name, std::vector{std::move(home)},
-                                     std::vector<int>{});
-    };
-    cpu_model = make("cpu", host);
-    gpu_model = make("gpu", make_cuda_weight_home(0, host));
-    for (const Model::Entry& e : cpu_model->entries()) {
-      const TensorSlot& slot = e.tensor->slot();
-      float scale = slot.kind == TensorKind::matrix && slot.role != WeightRole::embedding
-                        ? 1.7f / std::sqrt(static_cast<float>(slot.spec.k))
-                        : 0.5f;
-      std::vector<float> values(static_cast<size_t>(num_elements(slot.shape)));
-      uint64_t random = std::hash<std::string>{}(slot.fqn) | 1;
-      for (float& v : values) {  // uniform, and exact in bf16
-        random = random * 6364136223846793005ull + 1442695040888963407ull;
-        float unit = static_cast<float>(static_cast<int32_t>(random >> 32)) * 0x1.0p-31f;
-        v = __bfloat162float(__float2bfloat16(scale * unit));
-      }
-      cpu_model->put(slot.fqn, values.data(), values.size() * 4, DType::f32, 0);
-      gpu_model->put(slot.fqn, values.data(), values.size() * 4, DType::f32, 0);
-    }
+    // Made once for all tests of these shapes and this recipe.
+    static std::map<std::pair<std::string, Recipe>, std::array<std::shared_ptr<Model>, 2>> made;
+    auto& [known_cpu, known_gpu] = made[{shapes.name, recipe}];
+    if (!known_cpu) make_models(recipe, known_cpu, known_gpu);
+    cpu_model = known_cpu;
+    gpu_model = known_gpu;
     cpu_weights = cpu_model->shard(0);
     gpu_weights = gpu_model->shard(0);
     cpu_ops = std::make_unique<cpu::CpuOps>(c, *pool, kRows, 256);
@@ -131,6 +117,33 @@ class CudaOpsTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
     d_position = to_device(position);
     d_slot = to_device(slot);
     d_pages = to_device(pages);
+  }
+
+  void make_models(Recipe recipe, std::shared_ptr<Model>& on_cpu,
+                   std::shared_ptr<Model>& on_gpu) const {
+    auto host = make_cpu_weight_home(16);
+    const char* shapes = std::get<0>(GetParam()).name;
+    auto make = [&](const char* name, std::shared_ptr<WeightHome> home) {
+      return std::make_shared<Model>(c, recipe, DType::bf16, std::string(name) + shapes,
+                                     std::vector{std::move(home)}, std::vector<int>{});
+    };
+    on_cpu = make("cpu", host);
+    on_gpu = make("gpu", make_cuda_weight_home(0, host));
+    for (const Model::Entry& e : on_cpu->entries()) {
+      const TensorSlot& slot = e.tensor->slot();
+      float scale = slot.kind == TensorKind::matrix && slot.role != WeightRole::embedding
+                        ? 1.7f / std::sqrt(static_cast<float>(slot.spec.k))
+                        : 0.5f;
+      std::vector<float> values(static_cast<size_t>(num_elements(slot.shape)));
+      uint64_t random = std::hash<std::string>{}(slot.fqn) | 1;
+      for (float& v : values) {  // uniform, and exact in bf16
+        random = random * 6364136223846793005ull + 1442695040888963407ull;
+        float unit = static_cast<float>(static_cast<int32_t>(random >> 32)) * 0x1.0p-31f;
+        v = __bfloat162float(__float2bfloat16(scale * unit));
+      }
+      on_cpu->put(slot.fqn, values.data(), values.size() * 4, DType::f32, 0);
+      on_gpu->put(slot.fqn, values.data(), values.size() * 4, DType::f32, 0);
+    }
   }
 
   static std::vector<float> random_floats(int64_t count, float scale, unsigned seed) {
@@ -189,7 +202,7 @@ class CudaOpsTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
   }
 
   ModelConfig c;
-  std::unique_ptr<Model> cpu_model, gpu_model;
+  std::shared_ptr<Model> cpu_model, gpu_model;
   ShardWeights cpu_weights, gpu_weights;
   std::shared_ptr<cpu::ThreadPool> pool = cpu::ThreadPool::shared(16);
   cuda::DeviceProperties properties;
