@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kNormVectors = 4;   // float4s of a row that one thread holds: k <= 4096
 constexpr int kMaxInputs = 8192;  // 8 rows of them fit shared memory
-constexpr int kMaxItems = 128;    // tiles of a block and their number
+constexpr int kMaxItems = 64;     // tiles of a block
+constexpr size_t kOwnShared = 1280;  // bytes of shared memory beside what a launch asks for
 constexpr int kRowsFused = 8;     // more rows than that are normed by a kernel of their own
 
 // Sum of squares of a thread's part of a row, in the order that every kernel shares.
@@ -59,11 +60,6 @@ __global__ __launch_bounds__(kThreads) void norm_rows(bf16* out, const float* hi
     if (int at = v * 4 * kThreads + thread * 4; at < k)
       *reinterpret_cast<uint2*>(out + row + at) = normed_values(x[v], scale, weight[v]);
 }
-
-struct Item {
-  int segment, tile;
-};
-__device__ __forceinline__ Item unpack(int item) { return {item >> 24, item & 0xffffff}; }
 
 // What a finished output needs besides its sum, read early where that hides its latency.
 struct Extra {
@@ -224,7 +220,7 @@ template <int kTiles, int kStages>
 __global__ __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) void project(
     const __grid_constant__ ProjectArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
-  __shared__ int32_t items[kMaxItems];
+  __shared__ Tile items[kMaxItems];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   int first_row = static_cast<int>(blockIdx.y) * args.rows_per_block;
   int rows = min(args.rows_per_block, args.rows - first_row);
@@ -237,33 +233,45 @@ __global__ __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) void project(
 
   int first_tile = 0, count = 0;
   if (args.items) {
-    if (thread < args.items_stride)
-      items[thread] = __ldg(args.items + static_cast<int>(blockIdx.x) * args.items_stride + thread);
+    const int32_t* from = args.items + static_cast<int>(blockIdx.x) * args.items_stride;
+    if (thread < args.items_stride - 1) {
+      int item = __ldg(from + 1 + thread);
+      const Matrix& m = args.segment[max(item, 0) >> 14];
+      if (item >= 0) items[thread] = Tile(m, m.data + (item & 0x3fff) * m.tile_bytes, item);
+    }
+    count = __ldg(from);
     __syncthreads();
-    count = items[0];
   } else {
     int64_t tiles = args.segment[0].tiles, block = blockIdx.x, blocks = gridDim.x;
     first_tile = static_cast<int>(block * tiles / blocks);
     count = static_cast<int>((block + 1) * tiles / blocks) - first_tile;
   }
-  auto item_at = [&](int i) { return args.items ? unpack(items[i + 1]) : Item{0, first_tile + i}; };
+  auto tile_at = [&](int i) {
+    if (args.items) return items[i];
+    const Matrix& m = args.segment[0];
+    return Tile(m, m.data + (first_tile + i) * m.tile_bytes);
+  };
+  struct Place {
+    int segment, tile;
+  };
+  auto place_of = [&](int i) {
+    if (!args.items) return Place{0, first_tile + i};
+    return Place{items[i].place >> 14, items[i].place & 0x3fff};
+  };
 
   TileCopy copy;
   int next = slice.begin == slice.end ? count : 0;
   auto feed = [&](int stage) {
     if (next < count) {
-      if (copy.left == 0) {
-        Item item = item_at(next);
-        const Matrix& m = args.segment[item.segment];
-        copy.open(m, m.data + item.tile * m.tile_bytes, slice, lane);
-      }
+      if (copy.left == 0) copy.open(tile_at(next), slice, lane);
       copy.next_chunk(ring + stage * kStageBytes, lane);
-      if (copy.left == 0) ++next;
+      next += copy.left == 0;
     }
     copy_async_commit();
   };
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) feed(i);
+  zero_ends(activations, args.k, rows);
 
   // What the outputs of a flush need is asked for ahead of its tiles, and that of the first flush
   // ahead of the predecessor's end. A thread's outputs of a flush have the same place in a tile.
@@ -276,7 +284,7 @@ __global__ __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) void project(
     for (int r = 0; r < kRounds; ++r) {
       int at = thread / 16 + r * (kThreads / 16);
       if (at >= most) break;
-      Item item = item_at(begin + at / rows);
+      Place item = place_of(begin + at / rows);
       extra[r] = extra_of(args, item.segment, first_row + at % rows, item.tile * 16 + own_output);
     }
   };
@@ -307,12 +315,13 @@ __global__ __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) void project(
   }
   __syncthreads();
 
-  const std::byte* mine = activations + lane / 4 * pitch + lane % 4 * 16;
-  auto rows_of = [&](int i, int unit, int end, int half) {
-    uint4 b{0, 0, 0, 0};
-    if (8 * i + lane / 4 < rows && unit < end)
-      b = *reinterpret_cast<const uint4*>(mine + 8 * i * pitch + unit * 128 + half * 64);
-    return b;
+  // Columns of the products beyond the last row take the last row again; nobody reads them.
+  const std::byte* mine[kTiles];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+    mine[i] = activations + min(8 * i + lane / 4, rows - 1) * pitch + lane % 4 * 16;
+  auto rows_of = [&](int i, int unit, int half) {
+    return *reinterpret_cast<const uint4*>(mine[i] + unit * 128 + half * 64);
   };
   int stage = 0;
   for (int begin = 0; begin < count; begin += args.flush_tiles) {
@@ -325,8 +334,9 @@ __global__ __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) void project(
     for (int i = 0; i < tiles; ++i) {
       TileSum<kTiles> sum;
       sum.clear();
-      add_tile<kTiles, kStages>(sum, args.segment[item_at(begin + i).segment], slice, ring, stage,
-                                lane, feed, rows_of);
+      Tile tile = tile_at(begin + i);
+      add_tile<kTiles, kStages>(sum, static_cast<WeightFormat>(tile.format), tile.group_shift,
+                                slice, ring, stage, lane, feed, rows_of);
       sum.store(partial + i * partial_floats + warp * rows * kPartialPitch, rows, lane);
     }
     __syncthreads();
@@ -335,7 +345,7 @@ __global__ __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) void project(
       int at = thread / 16 + r * (kThreads / 16);
       if (at >= tiles * rows) break;
       int i = at / rows, row = at - i * rows;
-      Item item = item_at(begin + i);
+      Place item = place_of(begin + i);
       if (args.epilogue == Epilogue::router && item.segment == 2) continue;  // by its up tile
       int n = item.tile * 16 + own_output;
       if (n >= args.segment[item.segment].n) continue;  // padding of the last tile
@@ -401,7 +411,7 @@ const CudaOps::Schedule& CudaOps::schedule(std::span<const WeightView* const> vi
     if (pairs && s == 3) break;
     bool pair = pairs && s == 2;
     for (int tile = 0; tile < key[s].tiles(); ++tile)
-      work.push_back({static_cast<int32_t>(s << 24) | tile,
+      work.push_back({static_cast<int32_t>(s << 14) | tile,
                       key[s].tile_bytes() + (pair ? key[s + 1].tile_bytes() : 0), pair});
   }
   std::stable_sort(work.begin(), work.end(),
@@ -414,7 +424,7 @@ const CudaOps::Schedule& CudaOps::schedule(std::span<const WeightView* const> vi
     least.bytes += w.bytes;
     if (w.pair) {
       least.pairs.push_back(w.item);
-      least.pairs.push_back(w.item + (1 << 24));
+      least.pairs.push_back(w.item + (1 << 14));
     } else {
       least.singles.push_back(w.item);
     }
@@ -422,8 +432,11 @@ const CudaOps::Schedule& CudaOps::schedule(std::span<const WeightView* const> vi
   size_t most = 0;
   for (const Load& l : loads) most = std::max(most, l.pairs.size() + l.singles.size());
   size_t stride = most + 1;
-  require(stride <= kMaxItems, "a multiprocessor would take ", most,
-          " tiles of a projection, at most ", kMaxItems - 1, " are supported");
+  for (const WeightSpec& spec : key)
+    require(spec.tiles() <= 1 << 14, "a projection of ", spec.n, " outputs, at most ", kTile << 14,
+            " are supported");
+  require(most <= kMaxItems, "a multiprocessor would take ", most,
+          " tiles of a projection, at most ", kMaxItems, " are supported");
   std::vector<int32_t> items(loads.size() * stride, -1);
   for (size_t b = 0; b < loads.size(); ++b) {
     auto at = items.begin() + static_cast<std::ptrdiff_t>(b * stride);
@@ -446,11 +459,11 @@ void CudaOps::reserve_dense() {
   require(c_.hidden_size <= 4 * kNormVectors * kThreads, "hidden_size must be at most ",
           4 * kNormVectors * kThreads, " on CUDA, got ", c_.hidden_size);
   auto limit = static_cast<size_t>(device_.shared_bytes);
-  allow_shared(project<1, 4>, limit - 1024);
-  allow_shared(project<1, 3>, limit - 1024);
-  allow_shared(project<1, 2>, limit - 1024);
-  allow_shared(project<2, 3>, limit - 1024);
-  allow_shared(project<4, 3>, limit - 1024);
+  allow_shared(project<1, 4>, limit - kOwnShared);
+  allow_shared(project<1, 3>, limit - kOwnShared);
+  allow_shared(project<1, 2>, limit - kOwnShared);
+  allow_shared(project<2, 3>, limit - kOwnShared);
+  allow_shared(project<4, 3>, limit - kOwnShared);
   if (max_rows_ > kRowsFused)
     normed_ =
         DeviceBuffer<bf16>(static_cast<size_t>(max_rows_) * static_cast<size_t>(c_.hidden_size));
@@ -473,7 +486,7 @@ void CudaOps::project_rows(ProjectArgs& args, const Schedule* schedule) {
   }
   // As many rows a block as shared memory holds: each row block streams the weights again. With at
   // most half of it two blocks share a multiprocessor, and the next kernel starts early.
-  auto all = static_cast<size_t>(device_.shared_bytes) - 1024, half = all / 2 - 1024;
+  auto all = static_cast<size_t>(device_.shared_bytes) - kOwnShared, half = all / 2 - kOwnShared;
   if (args.epilogue == Epilogue::logits && args.rows <= kRowsFused) blocks = 2 * device_.sms;
   int most = schedule ? schedule->items_stride - 1 : (args.segment[0].tiles + blocks - 1) / blocks;
   auto launched = [&]<int kTiles, int kStages>(Project<kTiles, kStages>, size_t limit) {

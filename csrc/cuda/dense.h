@@ -13,7 +13,7 @@ struct ProjectArgs {
   int k = 0, rows = 0, rows_per_block = 0;
   Epilogue epilogue = Epilogue::plain;
 
-  // Tiles of a block: items[block * items_stride] = how many, then segment << 24 | tile of each;
+  // Tiles of a block: items[block * items_stride] = how many, then segment << 14 | tile of each;
   // without items, an even share of segment 0.
   const int32_t* items = nullptr;
   int items_stride = 0;

@@ -114,6 +114,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
     for (int v = from_thread; v < m.k / 8; v += threads)
       copy_async_16(activations + to * pitch + v * 16, from + v * 8);
   };
+  zero_ends(activations, m.k, act_rows);
   wait_for_predecessor();
   launch_dependents();
   if (routing.in_shared)
@@ -137,7 +138,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   auto feed = [&](int stage) {
     if (next < end) {
       if (copy.left == 0)
-        copy.open(m, next_expert + (next_pair + half * pairs) * m.tile_bytes, slice, lane);
+        copy.open(Tile(m, next_expert + (next_pair + half * pairs) * m.tile_bytes), slice, lane);
       copy.next_chunk(ring + stage * kStageBytes, lane);
       if (copy.left == 0 && ++next < end && ++next_pair == pairs) {
         next_pair = 0;
@@ -158,11 +159,10 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
     if (index != current) {
       current = index;
       entry = routing.entry(index);
-      int column = lane / 4;  // of the products: a pick of the entry
-      if (one_row) {
-        column = 0;
-      } else if (routing.in_shared) {
-        if (column < entry.count) column = routing.pick_of(entry.first + column) / args.top_k;
+      // A column of the products is a pick of the entry; beyond the last, the last again.
+      int column = min(lane / 4, entry.count - 1);
+      if (routing.in_shared) {
+        column = one_row ? 0 : routing.pick_of(entry.first + column) / args.top_k;
       } else {
         __syncthreads();  // the rows before have been read
         for (int i = warp; i < entry.count; i += kWarps)
@@ -175,12 +175,9 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
     }
     TileSum<1> sum;
     sum.clear();
-    add_tile<1, kStages>(sum, m, slice, ring, stage, lane, feed,
-                         [&](int, int unit, int last, int j) {
-                           uint4 b{0, 0, 0, 0};
-                           if (lane / 4 < entry.count && unit < last)
-                             b = *reinterpret_cast<const uint4*>(mine + unit * 128 + j * 64);
-                           return b;
+    add_tile<1, kStages>(sum, m.format, m.group_shift, slice, ring, stage, lane, feed,
+                         [&](int, int unit, int j) {
+                           return *reinterpret_cast<const uint4*>(mine + unit * 128 + j * 64);
                          });
     if (item > begin) __syncthreads();  // `partial` has been read
     sum.store(partial + warp * entry.count * kPartialPitch, entry.count, lane);
@@ -254,7 +251,7 @@ __global__ __launch_bounds__(32 * kBlockWarps,
       if (copy.left == 0) {
         int expert = entry_at(next).expert;
         const Matrix& m = expert < 0 ? args.shared_down : args.down;
-        copy.open(m, m.data + max(expert, 0) * args.down_bytes + tile * m.tile_bytes,
+        copy.open(Tile(m, m.data + max(expert, 0) * args.down_bytes + tile * m.tile_bytes),
                   {0, m.k / kUnit}, lane);
       }
       copy.next_chunk(ring + stage * kStageBytes, lane);
@@ -278,9 +275,9 @@ __global__ __launch_bounds__(32 * kBlockWarps,
     RouteEntry entry = entry_at(index);
     bool is_shared = entry.expert < 0;
     const Matrix& m = is_shared ? args.shared_down : args.down;
-    const auto* from =
-        reinterpret_cast<const uint4*>((is_shared ? args.shared : args.routed) +
-                                       static_cast<int64_t>(entry.first + (kOneRow ? 0 : q)) * m.k);
+    const auto* from = reinterpret_cast<const uint4*>(
+        (is_shared ? args.shared : args.routed) +
+        static_cast<int64_t>(entry.first + min(q, entry.count - 1)) * m.k);
     UnitRange all{0, m.k / kUnit};
     TileSum<1> sum;
     sum.clear();
@@ -289,10 +286,10 @@ __global__ __launch_bounds__(32 * kBlockWarps,
       __syncwarp();
       for (int at = lane; at < m.k / 8; at += 32) x[at] = load_cg(from + at);
       __syncwarp();
-      add_tile<1, kStages>(sum, m, all, ring, stage, lane, feed,
-                           [&](int, int unit, int end, int j) {
+      add_tile<1, kStages>(sum, m.format, m.group_shift, all, ring, stage, lane, feed,
+                           [&](int, int unit, int j) {
                              uint4 b{0, 0, 0, 0};
-                             if (q == 0 && unit < end) b = x[unit * 8 + j * 4 + t];
+                             if (unit < all.end) b = x[unit * 8 + j * 4 + t];
                              return b;
                            });
     } else {
@@ -304,7 +301,7 @@ __global__ __launch_bounds__(32 * kBlockWarps,
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           b[i] = uint4{0, 0, 0, 0};
-          if (i / 2 < units && q < entry.count) b[i] = load_cg(from + (unit * 8 + i * 4 + t));
+          if (i / 2 < units) b[i] = load_cg(from + (unit * 8 + i * 4 + t));
         }
         copy_async_wait<kStages - 1>();
         __syncwarp();

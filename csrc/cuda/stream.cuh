@@ -47,8 +47,14 @@ struct Matrix {
 };
 
 // Bytes between activation rows in shared memory: 8 lanes that read 16 bytes each of two
-// neighbouring rows meet no bank twice.
-__host__ __device__ constexpr int activation_pitch(int k) { return k * 2 + 64; }
+// neighbouring rows meet no bank twice, and a row is followed by a unit of zeros, which meets the
+// unit that a slice of an odd number lacks.
+__host__ __device__ constexpr int activation_pitch(int k) { return k * 2 + 192; }
+__device__ __forceinline__ void zero_ends(std::byte* activations, int k, int rows) {
+  for (int at = static_cast<int>(threadIdx.x); at < rows * 8; at += static_cast<int>(blockDim.x))
+    *reinterpret_cast<uint4*>(activations + at / 8 * activation_pitch(k) + k * 2 + at % 8 * 16) =
+        uint4{0, 0, 0, 0};
+}
 
 // Units [begin, end) of slice w of `slices`: whole groups of 128 inputs (64 where 128 does not
 // divide k), shared out evenly.
@@ -65,23 +71,39 @@ __host__ __device__ constexpr int chunk_units(WeightFormat format) {
   return kChunkBytes / unit_bytes(format);
 }
 
+// A tile as a warp needs it: in one vector of shared memory, or made up on the way.
+struct alignas(16) Tile {
+  const std::byte* codes;
+  int32_t scale_bytes;  // before the codes
+  uint16_t place;       // of a list of tiles: segment << 14 | tile
+  uint8_t format;
+  int8_t group_shift;
+
+  Tile() = default;
+  __device__ __forceinline__ Tile(const Matrix& m, const std::byte* tile, int place = 0)
+      : codes(tile + m.scale_bytes),
+        scale_bytes(m.scale_bytes),
+        place(static_cast<uint16_t>(place)),
+        format(static_cast<uint8_t>(m.format)),
+        group_shift(static_cast<int8_t>(m.group_shift)) {}
+};
+
 // A warp's slice of one tile on its way into the ring, chunk by chunk.
 struct TileCopy {
   const std::byte *codes = nullptr, *scales = nullptr;  // what the lane copies next
   int left = 0;                                         // units
-  int group_shift = 0;
-  WeightFormat format = WeightFormat::bf16;
+  int group_shift = 0, unit_bytes = 0;
 
-  __device__ __forceinline__ void open(const Matrix& m, const std::byte* tile, UnitRange slice,
-                                       int lane) {
-    format = m.format;
-    group_shift = m.group_shift;
+  __device__ __forceinline__ void open(const Tile& tile, UnitRange slice, int lane) {
+    unit_bytes = cuda::unit_bytes(static_cast<WeightFormat>(tile.format));
+    group_shift = tile.group_shift;
     left = slice.end - slice.begin;
-    codes = tile + m.scale_bytes + slice.begin * unit_bytes(format) + lane * 16;
-    scales = tile + (slice.begin >> max(group_shift, 0)) * 32 + lane * 16;
+    codes = tile.codes + (slice.begin * unit_bytes + lane * 16);
+    scales =
+        tile.codes + ((slice.begin >> max(group_shift, 0)) * 32 + lane * 16 - tile.scale_bytes);
   }
   __device__ __forceinline__ void next_chunk(std::byte* stage, int lane) {
-    int units = min(chunk_units(format), left), bytes = units * unit_bytes(format);
+    int bytes = min(kChunkBytes, left * unit_bytes), units = min(kChunkBytes / unit_bytes, left);
     std::byte* to = stage + lane * 16;
 #pragma unroll
     for (int i = 0; i < kChunkBytes / 512; ++i)
@@ -156,8 +178,8 @@ struct TileSum {
   }
 
   // Adds a chunk of `units` units. `rows_of(tile, u, half)` gives the lane's 8 activations of row
-  // tile `tile`, inputs 32 half + 8 (lane % 4) on of the chunk's unit u, as four words; zeros for
-  // rows and units beyond the last.
+  // tile `tile`, inputs 32 half + 8 (lane % 4) on of the chunk's unit u, as four words; anything
+  // for rows beyond the last, and anything finite for a unit beyond the last.
   template <class RowsOf>
   __device__ __forceinline__ void add(WeightFormat format, int group_shift, const std::byte* stage,
                                       int units, int lane, const RowsOf& rows_of) {
@@ -239,16 +261,16 @@ struct TileSum {
 // Adds a warp's slice of a tile, chunk by chunk as they come. `feed(stage)` starts the copy that
 // comes next, into the stage just read; every call is one group of copies.
 template <int kTiles, int kStages, class Feed, class RowsOf>
-__device__ __forceinline__ void add_tile(TileSum<kTiles>& sum, const Matrix& m, UnitRange slice,
-                                         std::byte* ring, int& stage, int lane, const Feed& feed,
-                                         const RowsOf& rows_of) {
-  int step = chunk_units(m.format);
+__device__ __forceinline__ void add_tile(TileSum<kTiles>& sum, WeightFormat format, int group_shift,
+                                         UnitRange slice, std::byte* ring, int& stage, int lane,
+                                         const Feed& feed, const RowsOf& rows_of) {
+  int step = chunk_units(format);
 #pragma unroll 1
   for (int unit = slice.begin; unit < slice.end; unit += step) {
     copy_async_wait<kStages - 1>();
     __syncwarp();  // scales come from other lanes
-    sum.add(m.format, m.group_shift, ring + stage * kStageBytes, min(step, slice.end - unit), lane,
-            [&](int i, int u, int half) { return rows_of(i, unit + u, slice.end, half); });
+    sum.add(format, group_shift, ring + stage * kStageBytes, min(step, slice.end - unit), lane,
+            [&](int i, int u, int half) { return rows_of(i, unit + u, half); });
     __syncwarp();
     feed(stage);
     stage = stage + 1 == kStages ? 0 : stage + 1;
