@@ -10,11 +10,11 @@
 namespace qwen_moe::cuda {
 namespace {
 
-constexpr int kNormVectors = 4;   // float4s of a row that one thread holds: k <= 4096
-constexpr int kMaxInputs = 8192;  // 8 rows of them fit shared memory
-constexpr int kMaxItems = 64;     // tiles of a block
+constexpr int kNormVectors = 4;      // float4s of a row that one thread holds: k <= 4096
+constexpr int kMaxInputs = 8192;     // 8 rows of them fit shared memory
+constexpr int kMaxItems = 64;        // tiles of a block
 constexpr size_t kOwnShared = 1280;  // bytes of shared memory beside what a launch asks for
-constexpr int kRowsFused = 8;     // more rows than that are normed by a kernel of their own
+constexpr int kRowsFused = 8;        // more rows than that are normed by a kernel of their own
 
 // Sum of squares of a thread's part of a row, in the order that every kernel shares.
 __device__ __forceinline__ float squares(float sum, const float4& x) {
@@ -134,79 +134,45 @@ __device__ __forceinline__ void load_rows(std::byte* to, int pitch, const bf16* 
   copy_async_wait<0>();
 }
 
-// RMSNorm of one row by the whole block.
-__device__ __forceinline__ void norm_one(std::byte* to, const ProjectArgs& args, int row,
-                                         const float4 (&weight)[kNormVectors]) {
-  __shared__ float warp_sums[kWarps];
+// RMSNorm of up to kRows rows by the whole block; their loads hide each other's latency.
+template <int kRows>
+__device__ __forceinline__ void norm_block(std::byte* to, int pitch, const ProjectArgs& args,
+                                           int first, int rows,
+                                           const float4 (&weight)[kNormVectors]) {
+  __shared__ float warp_sums[kRows][kWarps];
   int thread = static_cast<int>(threadIdx.x);
-  float4 x[kNormVectors];
-  const float* from = args.hidden + static_cast<int64_t>(row) * args.k + thread * 4;
+  float4 x[kRows][kNormVectors];
 #pragma unroll
-  for (int v = 0; v < kNormVectors; ++v)
-    if (v * 4 * kThreads + thread * 4 < args.k)
-      x[v] = load_cg(reinterpret_cast<const float4*>(from + v * 4 * kThreads));
-  float sum = 0;
+  for (int r = 0; r < kRows; ++r) {
+    const float* from = args.hidden + static_cast<int64_t>(first + r) * args.k + thread * 4;
 #pragma unroll
-  for (int v = 0; v < kNormVectors; ++v)
-    if (v * 4 * kThreads + thread * 4 < args.k) sum = squares(sum, x[v]);
-  sum = warp_sum(sum);
-  if (thread % 32 == 0) warp_sums[thread / 32] = sum;
-  __syncthreads();
-  float scale = rms_scale(warp_sums, args.k, args.eps);
-  bool write = args.normed != nullptr && blockIdx.x == 0;
-#pragma unroll
-  for (int v = 0; v < kNormVectors; ++v)
-    if (int at = v * 4 * kThreads + thread * 4; at < args.k) {
-      uint2 values = normed_values(x[v], scale, weight[v]);
-      *reinterpret_cast<uint2*>(to + at * 2) = values;
-      if (write)
-        *reinterpret_cast<uint2*>(args.normed + static_cast<int64_t>(row) * args.k + at) = values;
-    }
-}
-
-// RMSNorm of one row by one warp, summed in the order of norm_one: lane l stands for the threads l,
-// 32 + l, ... of the block.
-__device__ __forceinline__ void norm_by_warp(std::byte* to, const ProjectArgs& args, int row,
-                                             bool write, int lane) {
-  constexpr int kAtOnce = 4;  // loads in flight
-  const float* from = args.hidden + static_cast<int64_t>(row) * args.k + lane * 4;
-  float total = 0;
-#pragma unroll 1
-  for (int w = 0; w < kWarps; w += kAtOnce) {
-    float sums[kAtOnce] = {};
-#pragma unroll 1
-    for (int base = w * 128; base < args.k; base += 4 * kThreads) {
-      float4 x[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        if (base + i * 128 < args.k)
-          x[i] = load_cg(reinterpret_cast<const float4*>(from + base + i * 128));
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        if (base + i * 128 < args.k) sums[i] = squares(sums[i], x[i]);
-    }
-#pragma unroll
-    for (float& sum : sums) sum = warp_sum(sum);
-#pragma unroll
-    for (float sum : sums) total += sum;
+    for (int v = 0; v < kNormVectors; ++v)
+      if (r < rows && v * 4 * kThreads + thread * 4 < args.k)
+        x[r][v] = load_cg(reinterpret_cast<const float4*>(from + v * 4 * kThreads));
   }
-  float scale = rsqrtf(total / static_cast<float>(args.k) + args.eps);
-#pragma unroll 1
-  for (int base = 0; base < args.k; base += 2 * 128) {
-    float4 x[2], weight[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (int at = base + i * 128; at < args.k) {
-        x[i] = load_cg(reinterpret_cast<const float4*>(from + at));
-        weight[i] = *reinterpret_cast<const float4*>(args.norm + lane * 4 + at);
-      }
+  for (int r = 0; r < kRows; ++r) {
+    float sum = 0;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (int at = base + i * 128 + lane * 4; at < args.k) {
-        uint2 values = normed_values(x[i], scale, weight[i]);
-        *reinterpret_cast<uint2*>(to + at * 2) = values;
+    for (int v = 0; v < kNormVectors; ++v)
+      if (r < rows && v * 4 * kThreads + thread * 4 < args.k) sum = squares(sum, x[r][v]);
+    sum = warp_sum(sum);
+    if (thread % 32 == 0) warp_sums[r][thread / 32] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= rows) break;
+    float scale = rms_scale(warp_sums[r], args.k, args.eps);
+    bool write = args.normed != nullptr && blockIdx.x == (first + r) % gridDim.x;
+#pragma unroll
+    for (int v = 0; v < kNormVectors; ++v)
+      if (int at = v * 4 * kThreads + thread * 4; at < args.k) {
+        uint2 values = normed_values(x[r][v], scale, weight[v]);
+        *reinterpret_cast<uint2*>(to + r * pitch + at * 2) = values;
         if (write)
-          *reinterpret_cast<uint2*>(args.normed + static_cast<int64_t>(row) * args.k + at) = values;
+          *reinterpret_cast<uint2*>(args.normed + static_cast<int64_t>(first + r) * args.k + at) =
+              values;
       }
   }
 }
@@ -260,11 +226,12 @@ __global__ __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) void project(
   };
 
   TileCopy copy;
+  uint32_t ring_address = shared_address(ring) + lane * 16;
   int next = slice.begin == slice.end ? count : 0;
   auto feed = [&](int stage) {
     if (next < count) {
       if (copy.left == 0) copy.open(tile_at(next), slice, lane);
-      copy.next_chunk(ring + stage * kStageBytes, lane);
+      copy.next_chunk(ring_address + stage * kStageBytes, lane);
       next += copy.left == 0;
     }
     copy_async_commit();
@@ -297,20 +264,22 @@ __global__ __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) void project(
               rows, args.k);
   } else {
     float4 weight[kNormVectors] = {};
-    if (rows == 1) {
 #pragma unroll
-      for (int v = 0; v < kNormVectors; ++v)
-        if (int at = v * 4 * kThreads + thread * 4; at < args.k)
-          weight[v] = *reinterpret_cast<const float4*>(args.norm + at);
-    }
+    for (int v = 0; v < kNormVectors; ++v)
+      if (int at = v * 4 * kThreads + thread * 4; at < args.k)
+        weight[v] = *reinterpret_cast<const float4*>(args.norm + at);
     wait_for_predecessor();
     launch_dependents();
     if (rows == 1) {
-      norm_one(activations, args, first_row, weight);
+      norm_block<1>(activations, pitch, args, first_row, 1, weight);
     } else {
-      for (int row = warp; row < rows; row += kWarps)
-        norm_by_warp(activations + row * pitch, args, first_row + row,
-                     args.normed != nullptr && blockIdx.x == row % gridDim.x, lane);
+      constexpr int kAtOnce = kTiles == 1 ? 4 : 1;  // more rows than 8 come normed
+#pragma unroll 1
+      for (int row = 0; row < rows; row += kAtOnce) {
+        if (row > 0) __syncthreads();  // the sums have been read
+        norm_block<kAtOnce>(activations + row * pitch, pitch, args, first_row + row, rows - row,
+                            weight);
+      }
     }
   }
   __syncthreads();
@@ -335,8 +304,8 @@ __global__ __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) void project(
       TileSum<kTiles> sum;
       sum.clear();
       Tile tile = tile_at(begin + i);
-      add_tile<kTiles, kStages>(sum, static_cast<WeightFormat>(tile.format), tile.group_shift,
-                                slice, ring, stage, lane, feed, rows_of);
+      add_tile<kTiles, kStages>(sum, tile.unit_shift, tile.group_shift, slice, ring, stage, lane,
+                                feed, rows_of);
       sum.store(partial + i * partial_floats + warp * rows * kPartialPitch, rows, lane);
     }
     __syncthreads();

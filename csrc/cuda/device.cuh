@@ -33,10 +33,16 @@ __device__ __forceinline__ float load_cg(const float* p) { return __ldcg(p); }
 __device__ __forceinline__ uint4 load_cg(const uint4* p) { return __ldcg(p); }
 __device__ __forceinline__ int load_cg(const int* p) { return __ldcg(p); }
 
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
 // 16 bytes from global to shared memory, past L1.
-__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
-  auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+__device__ __forceinline__ void copy_async_16(uint32_t to, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+  copy_async_16(shared_address(shared), global);
 }
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -132,6 +132,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   int index = begin / pairs, pair = begin - index * pairs;
 
   TileCopy copy;
+  uint32_t ring_address = shared_address(ring) + lane * 16;
   int next = slice.begin == slice.end ? end : begin, next_entry = index, next_pair = pair;
   const std::byte* next_expert = nullptr;
   if (next < end) next_expert = m.data + routing.entry(index).expert * args.gate_up_bytes;
@@ -139,7 +140,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
     if (next < end) {
       if (copy.left == 0)
         copy.open(Tile(m, next_expert + (next_pair + half * pairs) * m.tile_bytes), slice, lane);
-      copy.next_chunk(ring + stage * kStageBytes, lane);
+      copy.next_chunk(ring_address + stage * kStageBytes, lane);
       if (copy.left == 0 && ++next < end && ++next_pair == pairs) {
         next_pair = 0;
         next_expert = m.data + routing.entry(++next_entry).expert * args.gate_up_bytes;
@@ -175,8 +176,8 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
     }
     TileSum<1> sum;
     sum.clear();
-    add_tile<1, kStages>(sum, m.format, m.group_shift, slice, ring, stage, lane, feed,
-                         [&](int, int unit, int j) {
+    add_tile<1, kStages>(sum, unit_shift_of(m.format), m.group_shift, slice, ring, stage, lane,
+                         feed, [&](int, int unit, int j) {
                            return *reinterpret_cast<const uint4*>(mine + unit * 128 + j * 64);
                          });
     if (item > begin) __syncthreads();  // `partial` has been read
@@ -245,6 +246,7 @@ __global__ __launch_bounds__(32 * kBlockWarps,
   };
 
   TileCopy copy;
+  uint32_t ring_address = shared_address(ring) + lane * 16;
   int next = 0;
   auto feed = [&](int stage) {
     if (next < count) {
@@ -254,7 +256,7 @@ __global__ __launch_bounds__(32 * kBlockWarps,
         copy.open(Tile(m, m.data + max(expert, 0) * args.down_bytes + tile * m.tile_bytes),
                   {0, m.k / kUnit}, lane);
       }
-      copy.next_chunk(ring + stage * kStageBytes, lane);
+      copy.next_chunk(ring_address + stage * kStageBytes, lane);
       if (copy.left == 0) ++next;
     }
     copy_async_commit();
@@ -286,8 +288,8 @@ __global__ __launch_bounds__(32 * kBlockWarps,
       __syncwarp();
       for (int at = lane; at < m.k / 8; at += 32) x[at] = load_cg(from + at);
       __syncwarp();
-      add_tile<1, kStages>(sum, m.format, m.group_shift, all, ring, stage, lane, feed,
-                           [&](int, int unit, int j) {
+      add_tile<1, kStages>(sum, unit_shift_of(m.format), m.group_shift, all, ring, stage, lane,
+                           feed, [&](int, int unit, int j) {
                              uint4 b{0, 0, 0, 0};
                              if (unit < all.end) b = x[unit * 8 + j * 4 + t];
                              return b;
@@ -305,7 +307,7 @@ __global__ __launch_bounds__(32 * kBlockWarps,
         }
         copy_async_wait<kStages - 1>();
         __syncwarp();
-        sum.add(m.format, m.group_shift, ring + stage * kStageBytes, units, lane,
+        sum.add(unit_shift_of(m.format), m.group_shift, ring + stage * kStageBytes, units, lane,
                 [&](int, int u, int j) { return b[u * 2 + j]; });
         __syncwarp();
         feed(stage);

@@ -71,12 +71,16 @@ __host__ __device__ constexpr int chunk_units(WeightFormat format) {
   return kChunkBytes / unit_bytes(format);
 }
 
+__host__ __device__ constexpr int unit_shift_of(WeightFormat format) {
+  return format == WeightFormat::int4 ? 9 : format == WeightFormat::int8 ? 10 : 11;
+}
+
 // A tile as a warp needs it: in one vector of shared memory, or made up on the way.
 struct alignas(16) Tile {
   const std::byte* codes;
   int32_t scale_bytes;  // before the codes
   uint16_t place;       // of a list of tiles: segment << 14 | tile
-  uint8_t format;
+  uint8_t unit_shift;   // log2 of a unit's bytes: the format
   int8_t group_shift;
 
   Tile() = default;
@@ -84,7 +88,7 @@ struct alignas(16) Tile {
       : codes(tile + m.scale_bytes),
         scale_bytes(m.scale_bytes),
         place(static_cast<uint16_t>(place)),
-        format(static_cast<uint8_t>(m.format)),
+        unit_shift(static_cast<uint8_t>(unit_shift_of(m.format))),
         group_shift(static_cast<int8_t>(m.group_shift)) {}
 };
 
@@ -92,29 +96,33 @@ struct alignas(16) Tile {
 struct TileCopy {
   const std::byte *codes = nullptr, *scales = nullptr;  // what the lane copies next
   int left = 0;                                         // units
-  int group_shift = 0, unit_bytes = 0;
+  int group_shift = 0, unit_shift = 0;                  // a unit has 1 << unit_shift bytes
 
   __device__ __forceinline__ void open(const Tile& tile, UnitRange slice, int lane) {
-    unit_bytes = cuda::unit_bytes(static_cast<WeightFormat>(tile.format));
+    unit_shift = tile.unit_shift;
     group_shift = tile.group_shift;
     left = slice.end - slice.begin;
-    codes = tile.codes + (slice.begin * unit_bytes + lane * 16);
+    codes = tile.codes + ((slice.begin << unit_shift) + lane * 16);
     scales =
         tile.codes + ((slice.begin >> max(group_shift, 0)) * 32 + lane * 16 - tile.scale_bytes);
   }
-  __device__ __forceinline__ void next_chunk(std::byte* stage, int lane) {
-    int bytes = min(kChunkBytes, left * unit_bytes), units = min(kChunkBytes / unit_bytes, left);
-    std::byte* to = stage + lane * 16;
+  // `to` is the lane's address in a stage.
+  __device__ __forceinline__ void next_chunk(uint32_t to, int lane) {
+    int units = min(kChunkBytes >> unit_shift, left), bytes = units << unit_shift;
+    left -= units;
+    copy_async_16(to, codes);
+    if (bytes == kChunkBytes) {
 #pragma unroll
-    for (int i = 0; i < kChunkBytes / 512; ++i)
-      if (i * 512 < bytes) copy_async_16(to + i * 512, codes + i * 512);
-    if (group_shift >= 0) {
-      int scale_bytes = units >> group_shift << 5;
-      if (lane * 16 < scale_bytes) copy_async_16(to + kChunkBytes, scales);
-      scales += scale_bytes;
+      for (int i = 512; i < kChunkBytes; i += 512) copy_async_16(to + i, codes + i);
+    } else {
+#pragma unroll 1
+      for (int i = 512; i < bytes; i += 512) copy_async_16(to + i, codes + i);
     }
     codes += bytes;
-    left -= units;
+    if (group_shift < 0) return;
+    int scale_bytes = units >> group_shift << 5;
+    if (lane * 16 < scale_bytes) copy_async_16(to + kChunkBytes, scales);
+    scales += scale_bytes;
   }
 };
 
@@ -181,11 +189,11 @@ struct TileSum {
   // tile `tile`, inputs 32 half + 8 (lane % 4) on of the chunk's unit u, as four words; anything
   // for rows beyond the last, and anything finite for a unit beyond the last.
   template <class RowsOf>
-  __device__ __forceinline__ void add(WeightFormat format, int group_shift, const std::byte* stage,
+  __device__ __forceinline__ void add(int unit_shift, int group_shift, const std::byte* stage,
                                       int units, int lane, const RowsOf& rows_of) {
-    if (format == WeightFormat::int4)
+    if (unit_shift == unit_shift_of(WeightFormat::int4))
       add_as<WeightFormat::int4>(group_shift, stage, units, lane, rows_of);
-    else if (format == WeightFormat::int8)
+    else if (unit_shift == unit_shift_of(WeightFormat::int8))
       add_as<WeightFormat::int8>(group_shift, stage, units, lane, rows_of);
     else
       add_as<WeightFormat::bf16>(group_shift, stage, units, lane, rows_of);
@@ -261,15 +269,15 @@ struct TileSum {
 // Adds a warp's slice of a tile, chunk by chunk as they come. `feed(stage)` starts the copy that
 // comes next, into the stage just read; every call is one group of copies.
 template <int kTiles, int kStages, class Feed, class RowsOf>
-__device__ __forceinline__ void add_tile(TileSum<kTiles>& sum, WeightFormat format, int group_shift,
-                                         UnitRange slice, std::byte* ring, int& stage, int lane,
-                                         const Feed& feed, const RowsOf& rows_of) {
-  int step = chunk_units(format);
+__device__ __forceinline__ void add_tile(TileSum<kTiles>& sum, int unit_shift, int group_shift,
+                                         UnitRange slice, const std::byte* ring, int& stage,
+                                         int lane, const Feed& feed, const RowsOf& rows_of) {
+  int step = kChunkBytes >> unit_shift;
 #pragma unroll 1
   for (int unit = slice.begin; unit < slice.end; unit += step) {
     copy_async_wait<kStages - 1>();
     __syncwarp();  // scales come from other lanes
-    sum.add(format, group_shift, ring + stage * kStageBytes, min(step, slice.end - unit), lane,
+    sum.add(unit_shift, group_shift, ring + stage * kStageBytes, min(step, slice.end - unit), lane,
             [&](int i, int u, int half) { return rows_of(i, unit + u, half); });
     __syncwarp();
     feed(stage);
