@@ -182,14 +182,17 @@ constexpr int flush_rounds(int row_tiles) { return row_tiles == 4 ? 4 : 2; }
 
 // Grid (blocks, row blocks). Shared memory: activations [rows][pitch], partial sums [flush_tiles]
 // [kWarps][rows][kPartialPitch], rings [kWarps][kStages][kStageBytes].
-template <int kTiles, int kStages>
-__global__ __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) void project(
+// kRowTiles 0 is one row, known to be one.
+template <int kRowTiles, int kStages>
+__global__ __launch_bounds__(kThreads, kRowTiles <= 1 ? 2 : 1) void project(
     const __grid_constant__ ProjectArgs args) {
+  constexpr bool kOneRow = kRowTiles == 0;
+  constexpr int kTiles = kOneRow ? 1 : kRowTiles;
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ Tile items[kMaxItems];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  int first_row = static_cast<int>(blockIdx.y) * args.rows_per_block;
-  int rows = min(args.rows_per_block, args.rows - first_row);
+  int first_row = kOneRow ? 0 : static_cast<int>(blockIdx.y) * args.rows_per_block;
+  int rows = kOneRow ? 1 : min(args.rows_per_block, args.rows - first_row);
   int pitch = activation_pitch(args.k), partial_floats = kWarps * rows * kPartialPitch;
   std::byte* activations = shared;
   auto* partial = reinterpret_cast<float*>(shared + rows * pitch);
@@ -270,7 +273,7 @@ __global__ __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) void project(
         weight[v] = *reinterpret_cast<const float4*>(args.norm + at);
     wait_for_predecessor();
     launch_dependents();
-    if (rows == 1) {
+    if constexpr (kOneRow) {
       norm_block<1>(activations, pitch, args, first_row, 1, weight);
     } else {
       constexpr int kAtOnce = kTiles == 1 ? 4 : 1;  // more rows than 8 come normed
@@ -428,7 +431,7 @@ void CudaOps::reserve_dense() {
   require(c_.hidden_size <= 4 * kNormVectors * kThreads, "hidden_size must be at most ",
           4 * kNormVectors * kThreads, " on CUDA, got ", c_.hidden_size);
   auto limit = static_cast<size_t>(device_.shared_bytes);
-  allow_shared(project<1, 4>, limit - kOwnShared);
+  allow_shared(project<0, 4>, limit - kOwnShared);
   allow_shared(project<1, 3>, limit - kOwnShared);
   allow_shared(project<1, 2>, limit - kOwnShared);
   allow_shared(project<2, 3>, limit - kOwnShared);
@@ -459,7 +462,8 @@ void CudaOps::project_rows(ProjectArgs& args, const Schedule* schedule) {
   if (args.epilogue == Epilogue::logits && args.rows <= kRowsFused) blocks = 2 * device_.sms;
   int most = schedule ? schedule->items_stride - 1 : (args.segment[0].tiles + blocks - 1) / blocks;
   auto launched = [&]<int kTiles, int kStages>(Project<kTiles, kStages>, size_t limit) {
-    int rows = std::min(args.rows, 8 * kTiles), flush = flush_tiles_of(kTiles, rows, most);
+    int rows = std::min(args.rows, std::max(8 * kTiles, 1)),
+        flush = flush_tiles_of(kTiles, rows, most);
     size_t bytes = shared_bytes(rows, args.k, flush, kStages);
     if (bytes > limit) return false;
     args.rows_per_block = rows;
@@ -470,8 +474,9 @@ void CudaOps::project_rows(ProjectArgs& args, const Schedule* schedule) {
   };
   bool done = args.rows > 16 && launched(Project<4, 3>{}, all);
   done = done || (args.rows > 8 && launched(Project<2, 3>{}, all));
-  done = done || launched(Project<1, 4>{}, half) || launched(Project<1, 3>{}, half) ||
-         launched(Project<1, 2>{}, half) || launched(Project<1, 3>{}, all);
+  if (args.rows == 1) done = launched(Project<0, 4>{}, half);
+  done = done || launched(Project<1, 3>{}, half) || launched(Project<1, 2>{}, half) ||
+         launched(Project<1, 3>{}, all);
   require<Error>(done, "no projection kernel holds ", args.k, " inputs");
 }
 

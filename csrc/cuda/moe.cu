@@ -13,8 +13,7 @@ namespace qwen_moe::cuda {
 namespace {
 
 constexpr int kGateUpSlices = kWarps / 2;  // of each of the two tiles of a pair
-constexpr int kOneRowWarps = 12;           // of down: top_k + 1 in one go, for every known model
-constexpr int kDownWarps = 8;              // for more rows
+constexpr int kDownWarps = 12;             // top_k + 1 in one go, for every known model
 constexpr int kRouteThreads = 512;
 
 struct MoeArgs {
@@ -202,8 +201,8 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
 // weighted sum in rank order, the shared expert and the residual end in the same block. Shared
 // memory: [weighted sums (picks + rows) x 16][rings][one row's activations of every warp, or plan
 // and scratch].
-template <int kPerLane, int kBlockWarps, int kStages, bool kOneRow>
-__global__ __launch_bounds__(32 * kBlockWarps,
+template <int kPerLane, int kStages, bool kOneRow>
+__global__ __launch_bounds__(32 * kDownWarps,
                              2) void down_combine(const __grid_constant__ MoeArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -211,7 +210,7 @@ __global__ __launch_bounds__(32 * kBlockWarps,
   auto* sums = reinterpret_cast<float*>(shared);  // [picks, then rows][16]
   std::byte* rings = shared + (picks + args.rows) * 64;
   std::byte* ring = rings + warp * kStages * kStageBytes;
-  std::byte* tail = rings + kBlockWarps * kStages * kStageBytes;
+  std::byte* tail = rings + kDownWarps * kStages * kStageBytes;
   Routing routing{.plan = RoutePlan(args.rows <= kEntryRows ? tail : args.plan, picks),
                   .one_row = kOneRow,
                   .in_shared = args.rows <= kEntryRows};
@@ -233,16 +232,16 @@ __global__ __launch_bounds__(32 * kBlockWarps,
 
   // This warp's share: shared-expert rows from the last warp backwards, then routed entries.
   int shared_entries = (args.rows + kEntryRows - 1) / kEntryRows;
-  int from_last = kBlockWarps - 1 - warp;
-  int own_shared = max((shared_entries - from_last + kBlockWarps - 1) / kBlockWarps, 0);
-  int own_routed = max((routing.entries - warp + kBlockWarps - 1) / kBlockWarps, 0);
+  int from_last = kDownWarps - 1 - warp;
+  int own_shared = max((shared_entries - from_last + kDownWarps - 1) / kDownWarps, 0);
+  int own_routed = max((routing.entries - warp + kDownWarps - 1) / kDownWarps, 0);
   int count = own_shared + own_routed;
   auto entry_at = [&](int index) -> RouteEntry {
     if (index < own_shared) {
-      int first = (from_last + index * kBlockWarps) * kEntryRows;
+      int first = (from_last + index * kDownWarps) * kEntryRows;
       return {-1, first, min(kEntryRows, args.rows - first)};
     }
-    return routing.entry(warp + (index - own_shared) * kBlockWarps);
+    return routing.entry(warp + (index - own_shared) * kDownWarps);
   };
 
   TileCopy copy;
@@ -335,9 +334,9 @@ __global__ __launch_bounds__(32 * kBlockWarps,
     launch_dependents();
   }
   __syncthreads();
-  for (int row = first_row; row < args.rows; row += 2 * kBlockWarps) {
+  for (int row = first_row; row < args.rows; row += 2 * kDownWarps) {
     float* hidden = args.hidden + static_cast<int64_t>(row) * args.down.n + output;
-    if (row >= 2 * kBlockWarps) {
+    if (row >= 2 * kDownWarps) {
       residual = load_cg(hidden);
       scale = load_cg(args.shared_scale + row);
       slot = load_cg(args.slot + row);
@@ -360,8 +359,8 @@ void allow(size_t limit) {
   allow_shared(route<kPerLane>, limit);
   allow_shared(gate_up<kPerLane, 4>, limit);
   allow_shared(gate_up<kPerLane, 3>, limit);
-  allow_shared(down_combine<kPerLane, kOneRowWarps, 3, true>, limit);
-  allow_shared(down_combine<kPerLane, kDownWarps, 4, false>, limit);
+  allow_shared(down_combine<kPerLane, 3, true>, limit);
+  allow_shared(down_combine<kPerLane, 6, false>, limit);
 }
 
 }  // namespace
@@ -424,12 +423,12 @@ void launch_down(const Launcher& launch, const MoeArgs& args) {
   };
   if (args.rows == 1) {
     auto row = static_cast<size_t>(2 * std::max(args.down.k, args.shared_down.k));
-    launch(down_combine<kPerLane, kOneRowWarps, 3, true>, grid, 32 * kOneRowWarps,
-           bytes(kOneRowWarps, 3, kOneRowWarps * row), args);
+    launch(down_combine<kPerLane, 3, true>, grid, 32 * kDownWarps,
+           bytes(kDownWarps, 3, kDownWarps * row), args);
   } else {
     size_t plan = args.rows > kEntryRows ? 0 : plan_bytes(picks, args.experts);
-    launch(down_combine<kPerLane, kDownWarps, 4, false>, grid, 32 * kDownWarps,
-           bytes(kDownWarps, 4, plan), args);
+    launch(down_combine<kPerLane, 6, false>, grid, 32 * kDownWarps, bytes(kDownWarps, 6, plan),
+           args);
   }
 }
 
