@@ -40,10 +40,12 @@ def tiny_ids() -> list[int]:
         return list(engine.tokenizer.encode(TEXT))
 
 
-def assert_same_model(written: foreign.Written, ids: list[int], **settings: Any) -> None:
+def assert_same_model(
+    written: foreign.Written, ids: list[int], *, tolerance: float = TOLERANCE
+) -> None:
     want = written.logits(ids)
-    error = oracle.relative_error(engine_logits(written.path, ids, **settings), want.numpy())
-    assert error <= TOLERANCE, f"logits are off by {error:.2e}"
+    error = oracle.relative_error(engine_logits(written.path, ids), want.numpy())
+    assert error <= tolerance, f"logits are off by {error:.2e}"
     plain = foreign.tiny()[1] if want.shape[1] == 4096 else None
     if plain is not None:
         unquantized = engine_logits(foreign.TINY, ids)

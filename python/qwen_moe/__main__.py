@@ -104,7 +104,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that say which checkpoint to open, and how."""
     group = parser.add_argument_group("engine")
     group.add_argument(
-        "--model", type=Path, metavar="DIR", help="checkpoint; default: the one in the package"
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="checkpoint directory or GGUF file; default: the one in the package",
     )
     group.add_argument("--quantize", choices=("none", "int8", "int4", "int4-all"), default="none")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

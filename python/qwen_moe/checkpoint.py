@@ -1,4 +1,4 @@
-"""A local Hugging Face directory: its config, and where each tensor of the model lies.
+"""A local Hugging Face directory or GGUF file: its config, and where each weight of it lies.
 
 Opening one reads headers only. `loading.load` reads the weights.
 """
@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen_moe import _core
 from qwen_moe.config import load_json, parse_config, quantization_config, text_config
 from qwen_moe.errors import FormatError, InvalidArgument
-from qwen_moe.formats import METHODS, quant_method
+from qwen_moe.formats import METHODS, gguf, gguf_model, gguf_tokenizer, quant_method
 from qwen_moe.shards import StoredTensor, read_header
+from qwen_moe.tokenizer import Tokenizer
 from qwen_moe.weights import DTYPE_BYTES, StackedExperts, Weight
 
 logger = logging.getLogger("qwen_moe")
@@ -31,23 +32,28 @@ _EXPERT = re.compile(r"(layers\.\d+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|do
 
 
 class Checkpoint:
-    """A checkpoint directory, opened.
+    """A checkpoint directory or GGUF file, opened.
 
     Attributes:
-        path: The directory.
+        path: The directory, or the file.
+        folder: The directory.
         config: The model's dimensions.
         dtype: Of the large matrices: bfloat16, float16 or float32.
-        quantization: How the checkpoint is quantized: fp8, gptq, ...; None when it is not.
+        quantization: How the checkpoint is quantized: fp8, gptq, gguf, ...; None when it is not.
         dummy: Weights are to be random; no file is read.
         tensors: Of the files, by name without the prefix; empty for a dummy.
         weights: That these tensors make up, by FQN; empty for a dummy.
     """
 
     def __init__(self, path: str | Path, load_format: str = "auto") -> None:
-        """Read config.json and, unless `load_format` is "dummy", the header of every shard.
+        """Read the config and, unless `load_format` is "dummy", the header of every shard.
+
+        Args:
+            path: A directory with config.json, a GGUF file, or a directory with one.
+            load_format: "auto", "safetensors" or "dummy".
 
         Raises:
-            InvalidArgument: Not a directory, or a model that this engine cannot run.
+            InvalidArgument: Neither, or a model that this engine cannot run.
             FormatError: A file is missing, truncated or corrupt.
         """
         if load_format not in LOAD_FORMATS:
@@ -55,19 +61,29 @@ class Checkpoint:
                 f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {load_format!r}"
             )
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise InvalidArgument(
-                f"{self.path} is not a directory; a checkpoint is a directory with config.json"
-            )
-        file = self.path / "config.json"
-        raw = load_json(file)
-        self.config = parse_config(raw, str(file))
         self.dummy = load_format == "dummy"
-        settings = quantization_config(raw)
-        self.quantization = quant_method(settings, str(file))
         self.tensors: dict[str, StoredTensor] = {}
         self.weights: dict[str, Weight] = {}
         self._shards: list[Path] = []
+        self._gguf = gguf.find(self.path) if load_format != "safetensors" else None
+        self._metadata: Mapping[str, Any] = {}
+        self.folder = self.path.parent if self.path == self._gguf else self.path
+        if self._gguf is not None:
+            self._open_gguf(self._gguf)
+        elif self.path.is_dir():
+            self._open_directory()
+        else:
+            raise InvalidArgument(
+                f"{self.path} is not a directory; a checkpoint is a directory with config.json, "
+                "or a GGUF file"
+            )
+
+    def _open_directory(self) -> None:
+        file = self.path / "config.json"
+        raw = load_json(file)
+        self.config = parse_config(raw, str(file))
+        settings = quantization_config(raw)
+        self.quantization = quant_method(settings, str(file))
         self.dtype = _config_dtype(raw, file)
         if not self.dummy:
             self._read_headers()
@@ -78,6 +94,38 @@ class Checkpoint:
             embedding = self.tensors.get("embed_tokens.weight")
             if embedding is not None and embedding.dtype in DTYPE_BYTES:
                 self.dtype = embedding.dtype
+
+    def _open_gguf(self, file: Path) -> None:
+        self._metadata, places, files = gguf.read(file)
+        self.config = gguf_model.config(self._metadata, places, str(file))
+        self.quantization = "gguf"
+        embedding = places["token_embd.weight"].stored
+        self.dtype = embedding.dtype if embedding.dtype in DTYPE_BYTES else "bfloat16"
+        if self.dummy:
+            return
+        self._shards = files
+        self.weights = gguf_model.assemble(places, self.config)
+        count = self.config.num_hidden_layers
+        named = {gguf_model.fqn(name, count): place.stored for name, place in places.items()}
+        self.tensors = {fqn: stored for fqn, stored in named.items() if fqn is not None}
+        if len(self.tensors) < len(places):
+            logger.info("%s: skipped %d mtp tensors", file, len(places) - len(self.tensors))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer: of a GGUF file the one in it, or tokenizer.json beside it.
+
+        Raises:
+            FormatError: There is none, or it is broken.
+        """
+        beside = (self.folder / "tokenizer.json").is_file()
+        if self._gguf is None or (beside and "tokenizer.ggml.tokens" not in self._metadata):
+            return Tokenizer(self.folder)
+        try:
+            return gguf_tokenizer.read(self._metadata, self._gguf)
+        except FormatError:
+            if beside:
+                return Tokenizer(self.folder)
+            raise
 
     @property
     def identity(self) -> str:
@@ -133,6 +181,8 @@ class Checkpoint:
         return found
 
     def _origin(self) -> Path:
+        if self._gguf is not None:
+            return self._gguf
         index = self.path / _INDEX
         return index if index.is_file() else self.path / _SINGLE
 
@@ -271,6 +321,8 @@ def _sample(file: Path, digest: hashlib._Hash, pieces: int = 64, piece_bytes: in
     digest.update(f"\n{size}".encode())
     with file.open("rb") as opened:
         header_bytes = 8 + int.from_bytes(opened.read(8), "little")
+        if file.suffix == ".gguf":  # where its header ends only the whole of it says
+            header_bytes = min(size, 1 << 20)
         opened.seek(0)
         digest.update(opened.read(header_bytes))
         for index in range(pieces):

@@ -152,8 +152,12 @@ class QuantizedMatrix(Weight):
         bad = (~levels.scales.isfinite()).nonzero()
         if len(bad):
             row, group = bad[0].tolist()
+            expert, output = (
+                divmod(row, self.shape[-2]) if len(self.shape) > 2 else (0, begin + row)
+            )
+            where = f"expert {begin + expert}, " if len(self.shape) > 2 else ""
             raise FormatError(
-                f"{self.describe()}: the scale of output feature {begin + row}, input features "
+                f"{self.describe()}: the scale of {where}output feature {output}, input features "
                 f"from {group * self.group}, is {float(levels.scales[row, group])}; it must be "
                 "finite"
             )
