@@ -1,4 +1,4 @@
-"""The command line: `qwen-moe generate | chat | bench | info`."""
+"""The command line: `qwen-moe generate | chat | bench | eval | info`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_moe import bench, chat, info
+from qwen_moe import bench, chat, evaluate, info
 from qwen_moe.engine import EMBEDDED, Engine
 from qwen_moe.errors import Error, InvalidArgument
 from qwen_moe.sampling import SamplingParams, recommended
@@ -89,6 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_arguments(measure)
     measure.set_defaults(run=bench.run)
+
+    loss = commands.add_parser(
+        "eval",
+        help="what quantizing costs",
+        description="Perplexity, divergence and agreement of every recipe on a text, against the "
+        "unquantized weights.",
+    )
+    evaluate.add_arguments(loss)
+    loss.set_defaults(run=evaluate.run)
 
     facts = commands.add_parser(
         "info",
