@@ -14,6 +14,7 @@ import foreign
 import oracle
 import qwen_moe
 from qwen_moe import shards
+from qwen_moe.__main__ import main
 from qwen_moe.checkpoint import Checkpoint
 
 TOLERANCE = 1e-4  # max |difference| / max |logit|
@@ -195,6 +196,17 @@ def test_symmetric_int4_is_kept_as_it_is(
     assert kept(caplog) == [f"codes and scales of {count} {method} matrices are kept as they are"]
     with open_cpu(written.path) as engine, open_cpu(foreign.TINY) as plain:
         assert engine.memory["weights"] < 0.75 * plain.memory["weights"]
+
+
+def test_info_counts_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = foreign.write(
+        tmp_path / "int4", foreign.tiny(), foreign.COMPRESSED, foreign.compressed()
+    )
+    assert main(["info", str(written.path)]) == 0
+    row = re.search(r"^compressed-tensors +([\d.]+) MiB", capsys.readouterr().out, re.M)
+    with open_cpu(written.path) as engine:
+        assert row is not None
+        assert float(row[1]) == pytest.approx(engine.memory["weights"] / 2**20, abs=0.1)
 
 
 def test_one_of_several_matrices_with_the_same_input_may_be_int4(tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ the core as they are where one of its formats holds them.
 from __future__ import annotations
 
 import hashlib
-import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +17,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from qwen_moe import _core
 from qwen_moe.checkpoint import Checkpoint
 from qwen_moe.errors import FormatError
+from qwen_moe.plan import plan, report
 from qwen_moe.shards import Shards
-from qwen_moe.weights import DTYPE_BYTES, GROUPS, Weight, entry_bytes
-
-logger = logging.getLogger("qwen_moe")
+from qwen_moe.weights import Weight, entry_bytes
 
 PIECE_BYTES = 8 << 20
-GPU_GROUP = 64  # the smallest group that the kernels of a GPU take
 ROW_STEP = 64  # matrices are cut at multiples of this many rows
 
 
@@ -50,9 +47,9 @@ def load(
     Raises:
         FormatError: A tensor is missing or broken; nothing was allocated yet when its header is.
     """
-    slots = _core.plan(checkpoint.config, recipe, checkpoint.dtype)
-    sources = {} if checkpoint.dummy else checkpoint.sources(slots)
-    stored, group = _stored_formats(checkpoint, sources, recipe, devices)
+    found = plan(checkpoint, recipe, devices)
+    sources, stored = found.sources, found.stored
+    report(checkpoint, found)
     model = _core.Model(
         config=checkpoint.config,
         recipe=recipe,
@@ -62,7 +59,7 @@ def load(
         split=split,
         threads=threads,
         stored=stored,
-        group=group,
+        group=found.group,
     )
     needed: dict[str, _core.TensorSlot] = {}
     for slot in model.slots:
@@ -111,64 +108,10 @@ def _seed(fqn: str) -> int:
     return int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:8], "little")
 
 
-def _bytes(sources: dict[str, Weight], stored: dict[str, str], slot: _core.TensorSlot) -> int:
+def _bytes(sources: Mapping[str, Weight], stored: Mapping[str, str], slot: _core.TensorSlot) -> int:
     if not sources:
         return slot.bytes
     return slot.shape[0] * entry_bytes(sources[slot.fqn], coded=slot.fqn in stored)
-
-
-def _stored_formats(
-    checkpoint: Checkpoint, sources: dict[str, Weight], recipe: str, devices: Sequence[str]
-) -> tuple[dict[str, str], int]:
-    """Matrices whose codes are kept, by FQN with their format, and the group of all scales."""
-    if checkpoint.quantization is None:
-        return {}, GROUPS[0]
-    least = GROUPS[-1] if all(device == "cpu" for device in devices) else GPU_GROUP
-    found = {fqn: weight.codes for fqn, weight in sources.items()}
-    codes = {fqn: c for fqn, c in found.items() if c is not None and c.group >= least}
-    formats = {fqn: c.format for fqn, c in codes.items()}
-    plan = _core.plan(checkpoint.config, recipe, checkpoint.dtype, stored=formats, group=GROUPS[-1])
-    # The plan keeps no codes of the embedding and of the matrices that every recipe keeps exact.
-    stored = {slot.fqn: slot.format for slot in plan if formats.get(slot.fqn) == slot.format}
-    _report(checkpoint, {slot.fqn: slot.format for slot in plan}, sources, stored)
-    return stored, min((codes[fqn].group for fqn in stored), default=GROUPS[0])
-
-
-def _report(
-    checkpoint: Checkpoint,
-    formats: dict[str, str],
-    sources: dict[str, Weight],
-    stored: dict[str, str],
-) -> None:
-    """Say what became of the quantized matrices."""
-    again = [
-        fqn
-        for fqn, weight in sources.items()
-        if fqn not in stored and any(t.dtype not in DTYPE_BYTES for t in weight.tensors())
-    ]
-    packed = [fqn for fqn in again if formats[fqn] in ("int8", "int4")]
-    if stored:
-        logger.info(
-            "%s: codes and scales of %d %s matrices are kept as they are",
-            checkpoint.path,
-            len(stored),
-            checkpoint.quantization,
-        )
-    if len(again) > len(packed):
-        logger.info(
-            "%s: %d %s matrices are dequantized to %s",
-            checkpoint.path,
-            len(again) - len(packed),
-            checkpoint.quantization,
-            checkpoint.dtype,
-        )
-    if packed:
-        logger.warning(
-            "%s: %d %s matrices are dequantized and quantized again, which adds to their error",
-            checkpoint.path,
-            len(packed),
-            checkpoint.quantization,
-        )
 
 
 def _bar(total: int, recipe: str, progress: bool | None) -> Any:  # noqa: ANN401 - tqdm is untyped
