@@ -171,6 +171,12 @@ def kept(caplog: pytest.LogCaptureFixture) -> list[str]:
         (foreign.GPTQ, foreign.gptq(group=32), foreign.EXPERTS, 16),
         (foreign.GPTQ | {"dynamic": None}, foreign.gptq(), foreign.LINEARS, 66),
         (
+            foreign.GPTQ | {"dynamic": None, "group_size": -1},
+            foreign.gptq(group=1 << 20),
+            foreign.EXPERTS,
+            16,
+        ),
+        (
             foreign.GPTQ | {"checkpoint_format": "gptq_v2"},
             foreign.gptq(version=2),
             foreign.EXPERTS,
@@ -178,7 +184,14 @@ def kept(caplog: pytest.LogCaptureFixture) -> list[str]:
         ),
         (foreign.COMPRESSED, foreign.compressed(), foreign.LINEARS, 66),
     ],
-    ids=["gptq", "gptq, groups of 32", "gptq, all linears", "gptq_v2", "compressed-tensors"],
+    ids=[
+        "gptq",
+        "gptq, groups of 32",
+        "gptq, all linears",
+        "gptq, one group",
+        "gptq_v2",
+        "compressed-tensors",
+    ],
 )
 def test_symmetric_int4_is_kept_as_it_is(
     tmp_path: Path,
@@ -235,10 +248,11 @@ def test_a_recipe_leaves_int4_that_is_there_as_it_is(tmp_path: Path) -> None:
         (foreign.AWQ, foreign.awq),
         (foreign.GPTQ | {"sym": False, "dynamic": None}, foreign.gptq(symmetric=False)),
         (foreign.COMPRESSED, foreign.compressed(symmetric=False)),
+        (foreign.GPTQ, foreign.gptq(group=16)),
     ],
-    ids=["awq", "gptq", "compressed-tensors"],
+    ids=["awq", "gptq", "compressed-tensors", "gptq, groups of 16"],
 )
-def test_int4_with_zero_points_is_dequantized_and_says_so(
+def test_int4_that_does_not_fit_is_dequantized_and_says_so(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     settings: dict,
