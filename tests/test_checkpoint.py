@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qwen_moe
-from qwen_moe import _core, loading
+from qwen_moe import _core, loading, shards
 from qwen_moe.checkpoint import Checkpoint
 from qwen_moe.config import parse_config
 
@@ -177,7 +177,7 @@ def test_small_pieces_give_the_same_bits(
     want = logits(path, quantize=quantize)
     puts = []
     monkeypatch.setattr(loading, "PIECE_BYTES", 9000)  # an expert, and 64 rows of a matrix
-    monkeypatch.setattr(loading, "WINDOW_BYTES", 20000)
+    monkeypatch.setattr(shards, "WINDOW_BYTES", 20000)
     monkeypatch.setattr(loading, "_dtype_name", lambda t: puts.append(t.nbytes) or "bfloat16")
     assert torch.equal(logits(path, quantize=quantize), want)
     assert max(puts) <= 9000
@@ -266,7 +266,7 @@ def test_a_second_engine_reads_no_weights_again(
 ) -> None:
     want = logits(plain)
     with open_small(plain):
-        monkeypatch.setattr(loading._Shards, "read", None)
+        monkeypatch.setattr(shards.Shards, "read", None)
         assert torch.equal(logits(plain), want)
         with pytest.raises(TypeError):  # another recipe is another copy
             logits(plain, quantize="int4")
@@ -490,8 +490,8 @@ def test_a_defect_of_shards_is_refused_by_name(tmp_path: Path, defect: str, word
         ({"decoder_sparse_step": 2}, "decoder_sparse_step"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
         (
-            {"quantization_config": {"quant_method": "gptq"}},
-            "quantized with gptq.*not supported yet",
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quant_method of quantization_config is 'bitsandbytes'; this engine reads fp8",
         ),
         ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'"),
         ({"head_dim": 40}, "head_dim"),

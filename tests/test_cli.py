@@ -455,5 +455,6 @@ def test_as_a_process_it_streams_replies_and_reports_errors() -> None:
     done = call("generate", "x", "--model", "/nowhere")
     assert done.returncode == 2
     assert done.stderr == (
-        "error: /nowhere is not a directory; a checkpoint is a directory with config.json\n"
+        "error: /nowhere is not a directory; a checkpoint is a directory with config.json, "
+        "or a GGUF file\n"
     )

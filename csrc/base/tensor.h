@@ -12,7 +12,8 @@
 
 namespace qwen_moe {
 
-enum class DType { f32, f16, bf16, i32 };
+// `coded` is a weight that is quantized already: its int16 code, then the f16 scale of its group.
+enum class DType { f32, f16, bf16, i32, coded };
 
 inline std::string_view dtype_name(DType dtype) {
   switch (dtype) {
@@ -20,18 +21,21 @@ inline std::string_view dtype_name(DType dtype) {
     case DType::f16: return "float16";
     case DType::bf16: return "bfloat16";
     case DType::i32: return "int32";
+    case DType::coded: return "coded";
   }
   return "?";
 }
 
 inline DType parse_dtype(std::string_view name) {
-  for (DType dtype : {DType::f32, DType::f16, DType::bf16, DType::i32})
+  for (DType dtype : {DType::f32, DType::f16, DType::bf16, DType::i32, DType::coded})
     if (name == dtype_name(dtype)) return dtype;
   throw InvalidArgument(
-      concat("dtype '", name, "' is not one of float32, float16, bfloat16, int32"));
+      concat("dtype '", name, "' is not one of float32, float16, bfloat16, int32, coded"));
 }
 
-inline size_t dtype_size(DType dtype) { return dtype == DType::f32 || dtype == DType::i32 ? 4 : 2; }
+inline size_t dtype_size(DType dtype) {
+  return dtype == DType::f16 || dtype == DType::bf16 ? 2 : 4;
+}
 
 using Shape = std::vector<int64_t>;
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <csignal>
+#include <map>
 #include <string>
 
 #include "engine/engine.h"
@@ -214,6 +215,16 @@ void register_config(py::module_& m) {
       .def_property_readonly("hash", &ModelConfig::hash);
 }
 
+StoredFormats stored_formats(const std::map<std::string, std::string>& stored, int group) {
+  StoredFormats formats{.group = group};
+  for (const auto& [fqn, name] : stored) {
+    require(name == "int4" || name == "int8", fqn, ": stored format '", name,
+            "' is not int4 or int8");
+    formats.formats[fqn] = name == "int4" ? WeightFormat::int4 : WeightFormat::int8;
+  }
+  return formats;
+}
+
 void register_model(py::module_& m) {
   py::class_<PySlot>(m, "TensorSlot")
       .def_property_readonly("fqn", [](const PySlot& s) { return s.slot.fqn; })
@@ -231,13 +242,16 @@ void register_model(py::module_& m) {
 
   m.def(
       "plan",
-      [](const ModelConfig& config, const std::string& recipe, const std::string& dtype) {
+      [](const ModelConfig& config, const std::string& recipe, const std::string& dtype,
+         const std::map<std::string, std::string>& stored, int group) {
         std::vector<PySlot> slots;
-        for (TensorSlot& slot : plan_tensors(config, parse_recipe(recipe), parse_dtype(dtype)))
+        for (TensorSlot& slot : plan_tensors(config, parse_recipe(recipe), parse_dtype(dtype),
+                                             stored_formats(stored, group)))
           slots.push_back({std::move(slot), "", false});
         return slots;
       },
-      "config"_a, "recipe"_a, "dtype"_a);
+      "config"_a, "recipe"_a, "dtype"_a, py::kw_only(),
+      "stored"_a = std::map<std::string, std::string>{}, "group"_a = 128);
 
   m.def(
       "session_bytes",
@@ -252,7 +266,7 @@ void register_model(py::module_& m) {
       .def(py::init([](const ModelConfig& config, const std::string& recipe,
                        const std::string& dtype, const std::string& checkpoint,
                        const std::vector<std::string>& devices, const std::vector<int>& split,
-                       int threads) {
+                       int threads, const std::map<std::string, std::string>& stored, int group) {
              require(threads > 0 && threads <= 1024, "threads must be in [1, 1024], got ", threads);
              std::vector<std::shared_ptr<WeightHome>> homes;
              DType dense = parse_dtype(dtype);
@@ -261,12 +275,14 @@ void register_model(py::module_& m) {
                // The kernels of a GPU take bf16; one plan holds for all devices of a model.
                if (device != "cpu") dense = DType::bf16;
              }
-             return PyModel{std::make_shared<Model>(config, parse_recipe(recipe), dense, checkpoint,
-                                                    std::move(homes), split),
-                            devices, threads};
+             return PyModel{
+                 std::make_shared<Model>(config, parse_recipe(recipe), dense, checkpoint,
+                                         std::move(homes), split, stored_formats(stored, group)),
+                 devices, threads};
            }),
            "config"_a, py::kw_only(), "recipe"_a, "dtype"_a, "checkpoint"_a, "devices"_a, "split"_a,
-           "threads"_a, py::call_guard<py::gil_scoped_release>())
+           "threads"_a, "stored"_a = std::map<std::string, std::string>{}, "group"_a = 128,
+           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("config", [](const PyModel& self) { return self.model->config(); })
       .def_property_readonly(
           "recipe",

@@ -92,8 +92,14 @@ Activations CpuOps::activations(const QuantizedRows& rows, const float* x) const
   return {.x = x, .q = rows.q.data(), .scale = rows.scale.data(), .sum = rows.sum.data()};
 }
 
-void CpuOps::quantize(QuantizedRows& to, const float* x, int row, int k) {
-  int group = group_for(k);
+int input_group(std::initializer_list<const WeightView*> weights) {
+  int group = 0;
+  for (const WeightView* w : weights)
+    if (is_quantized(w->spec.format)) group = w->spec.group;
+  return group;
+}
+
+void CpuOps::quantize(QuantizedRows& to, const float* x, int row, int k, int group) {
   size_t at = static_cast<size_t>(row) * static_cast<size_t>(k);
   size_t block = at / static_cast<size_t>(group);
   k_.quantize_rows(to.q.data() + at, to.scale.data() + block, to.sum.data() + block, x, 1, k,
@@ -144,12 +150,13 @@ void CpuOps::norm_in_proj(const NormInProjArgs<float>& args) {
   int hidden = c_.hidden_size;
   const LayerWeights& w = args.layer;
   bool linear = w.type == LayerType::linear_attention;
-  bool quantized = is_quantized((linear ? w.in_proj_qkv : w.q_proj).spec.format);
+  int group = linear ? input_group({&w.in_proj_qkv, &w.in_proj_z})
+                     : input_group({&w.q_proj, &w.k_proj, &w.v_proj});
   each_row(args.rows.rows, [&](int row, int) {
     size_t at = static_cast<size_t>(row) * static_cast<size_t>(hidden);
     k_.rms_norm(normed_.data() + at, args.hidden + at, w.input_layernorm, hidden,
                 static_cast<float>(c_.rms_norm_eps));
-    if (quantized) quantize(in_q_, normed_.data() + at, row, hidden);
+    if (group) quantize(in_q_, normed_.data() + at, row, hidden, group);
   });
   Activations in = activations(in_q_, normed_.data());
   float* out = args.proj;
@@ -203,7 +210,7 @@ void CpuOps::out_proj_residual(const OutProjArgs<float>& args) {
   const WeightSpec& spec = args.weight.spec;
   if (is_quantized(spec.format))
     each_row(args.rows, [&](int row, int) {
-      quantize(mid_q_, args.core + row * args.core_stride, row, spec.k);
+      quantize(mid_q_, args.core + row * args.core_stride, row, spec.k, spec.group);
     });
   project_into(args.weight, activations(mid_q_, args.core), args.rows,
                [&](int row, int first, const float* values, int n) {
@@ -218,7 +225,7 @@ void CpuOps::lm_head(const LmHeadArgs<float>& args) {
     size_t at = static_cast<size_t>(row) * static_cast<size_t>(hidden);
     k_.rms_norm(normed_.data() + at, args.hidden + at, args.norm, hidden,
                 static_cast<float>(c_.rms_norm_eps));
-    if (is_quantized(spec.format)) quantize(in_q_, normed_.data() + at, row, hidden);
+    if (is_quantized(spec.format)) quantize(in_q_, normed_.data() + at, row, hidden, spec.group);
   });
   project_into(args.lm_head, activations(in_q_, normed_.data()), args.rows,
                [&](int row, int first, const float* values, int n) {

@@ -9,13 +9,12 @@ namespace qwen_moe::cpu {
 void CpuOps::norm_router_shared(const NormRouterSharedArgs<float>& args) {
   int hidden = c_.hidden_size, shared = c_.shared_expert_intermediate_size;
   const LayerWeights& w = args.layer;
-  bool quantized =
-      is_quantized(w.shared_gate.spec.format) || is_quantized(w.experts_gate_up.spec.format);
+  int group = input_group({&w.shared_gate, &w.shared_up, &w.experts_gate_up});
   each_row(args.rows, [&](int row, int) {
     size_t at = static_cast<size_t>(row) * static_cast<size_t>(hidden);
     k_.rms_norm(args.normed + at, args.hidden + at, w.post_attention_layernorm, hidden,
                 static_cast<float>(c_.rms_norm_eps));
-    if (quantized) quantize(in_q_, args.normed + at, row, hidden);
+    if (group) quantize(in_q_, args.normed + at, row, hidden, group);
   });
   int64_t stride = 2 * static_cast<int64_t>(shared);
   Projection projections[] = {{&w.gate, args.router, c_.num_experts},
@@ -125,7 +124,7 @@ void CpuOps::down_combine_residual(const DownCombineArgs<float>& args) {
   const Block shared_block{shared_down, args.shared, routed_values, routed_values / 32};
   auto rows_from = [&](const Block& b, int row) {
     auto k = static_cast<size_t>(b.weight.spec.k), r = static_cast<size_t>(row);
-    size_t block = b.blocks + r * (k / static_cast<size_t>(group_for(b.weight.spec.k)));
+    size_t block = b.blocks + r * (k / static_cast<size_t>(std::max(b.weight.spec.group, 32)));
     return Activations{.x = b.x + r * k,
                        .q = mid_q_.q.data() + b.values + r * k,
                        .scale = mid_q_.scale.data() + block,
@@ -136,7 +135,7 @@ void CpuOps::down_combine_residual(const DownCombineArgs<float>& args) {
     int k = b.weight.spec.k;
     Activations to = rows_from(b, row);
     k_.quantize_rows(const_cast<int16_t*>(to.q), const_cast<float*>(to.scale),
-                     const_cast<int32_t*>(to.sum), to.x, 1, k, group_for(k));
+                     const_cast<int32_t*>(to.sum), to.x, 1, k, b.weight.spec.group);
   };
   each_row(picks, [&](int pair, int) { quantize_row(routed_block, pair); });
   each_row(args.rows.rows, [&](int row, int) { quantize_row(shared_block, row); });

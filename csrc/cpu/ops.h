@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <span>
 #include <vector>
 
@@ -23,6 +24,10 @@ struct QuantizedRows {
   explicit QuantizedRows(size_t values) : q(values), scale(values / 32), sum(values / 32) {}
   size_t bytes() const { return q.bytes() + scale.bytes() + sum.bytes(); }
 };
+
+// The group in which the input of these weights is quantized: their own, which the plan keeps equal
+// among weights that share an input (StoredFormats). 0 when all of them are dense.
+int input_group(std::initializer_list<const WeightView*> weights);
 
 struct Projection {
   const WeightView* weight;
@@ -70,7 +75,7 @@ class CpuOps {
 
   // dense.cpp
   Activations activations(const QuantizedRows& rows, const float* x) const;
-  void quantize(QuantizedRows& to, const float* x, int row, int k);
+  void quantize(QuantizedRows& to, const float* x, int row, int k, int group);
   // out = weight * in for several weights that share an input.
   void project(std::span<const Projection> projections, const Activations& in, int rows);
   template <class Sink>

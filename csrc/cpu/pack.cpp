@@ -71,7 +71,8 @@ void widen(float* out, const void* source, DType dtype, int64_t at, int64_t coun
       return kernels().f16_to_f32(out, static_cast<const uint16_t*>(source) + at, count);
     case DType::bf16:
       return kernels().bf16_to_f32(out, static_cast<const uint16_t*>(source) + at, count);
-    case DType::i32: break;
+    case DType::i32:
+    case DType::coded: break;
   }
   throw InvalidArgument(concat("cannot pack weights of dtype ", dtype_name(dtype)));
 }
@@ -213,6 +214,42 @@ void pack_quantized(std::byte* tile, const WeightSpec& spec, TileReader& reader,
   }
 }
 
+// Codes and scales that the source has already.
+void pack_coded(std::byte* tile, const WeightSpec& spec, const void* source, int index) {
+  struct Coded {
+    int16_t code;
+    uint16_t scale;
+  };
+  static_assert(sizeof(Coded) == 4);
+  const auto* weights = static_cast<const Coded*>(source);
+  const bool int4 = spec.format == WeightFormat::int4;
+  const int low = int4 ? -8 : -128, high = int4 ? 7 : 127;
+  std::vector<float> codes(static_cast<size_t>(spec.group) * kTile, 0.0f);
+  std::memset(tile, 0, spec.scale_bytes());
+  std::byte* out = tile + spec.scale_bytes();
+  for (int g = 0; g < spec.k / spec.group; ++g) {
+    for (int o = 0; o < std::min(kTile, spec.n - index * kTile); ++o) {
+      const int row = index * kTile + o, begin = g * spec.group;
+      const Coded* from = weights + static_cast<int64_t>(row) * spec.k + begin;
+      const uint16_t scale = from[0].scale;
+      require<Format>((scale & 0x7c00) != 0x7c00, "the scale of output feature ", row,
+                      ", input features from ", begin, ", is not finite in float16");
+      for (int i = 0; i < spec.group; ++i) {
+        require<Format>(from[i].scale == scale, "the scale of output feature ", row,
+                        " changes at input feature ", begin + i, ", within a group of ",
+                        spec.group);
+        require<Format>(from[i].code >= low && from[i].code <= high, "code ", from[i].code,
+                        " of output feature ", row, ", input feature ", begin + i, ", is no ",
+                        format_name(spec.format));
+        codes[static_cast<size_t>(i * kTile + o)] = static_cast<float>(from[i].code);
+      }
+      std::memcpy(tile + (g * kTile + o) * 2, &scale, sizeof(scale));
+    }
+    put_codes(out, codes.data(), spec.group, spec.format);
+    out += spec.group * kTile * (int4 ? 4 : 8) / 8;
+  }
+}
+
 void pack_dense(std::byte* tile, const WeightSpec& spec, TileReader& reader, int index) {
   alignas(16) float values[kMaxGroup * kTile];
   for (int begin = 0; begin < spec.k; begin += kMaxGroup) {
@@ -332,7 +369,10 @@ void pack_tiles(std::byte* matrix, const WeightSpec& spec, const void* source, D
   TileReader reader(source, dtype, spec.n, spec.k);
   for (int tile = tile_begin; tile < tile_end; ++tile) {
     std::byte* out = matrix + spec.tile_bytes() * static_cast<size_t>(tile);
-    if (is_quantized(spec.format)) {
+    if (dtype == DType::coded) {
+      require(is_quantized(spec.format), "codes cannot be packed as ", format_name(spec.format));
+      pack_coded(out, spec, source, tile);
+    } else if (is_quantized(spec.format)) {
       pack_quantized(out, spec, reader, tile);
     } else {
       pack_dense(out, spec, reader, tile);

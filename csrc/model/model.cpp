@@ -5,7 +5,8 @@
 namespace qwen_moe {
 
 Model::Model(ModelConfig config, Recipe recipe, DType dtype, std::string checkpoint,
-             std::vector<std::shared_ptr<WeightHome>> homes, const std::vector<int>& split)
+             std::vector<std::shared_ptr<WeightHome>> homes, const std::vector<int>& split,
+             const StoredFormats& stored)
     : config_(std::move(config)), recipe_(recipe), homes_(std::move(homes)) {
   config_.validate();
   require(!homes_.empty(), "devices is empty; name at least one");
@@ -32,7 +33,7 @@ Model::Model(ModelConfig config, Recipe recipe, DType dtype, std::string checkpo
     entries_.push_back({std::move(tensor), shard});
   };
   int last = shards() - 1;
-  std::vector<TensorSlot> slots = plan_tensors(config_, recipe_, dtype);
+  std::vector<TensorSlot> slots = plan_tensors(config_, recipe_, dtype, stored);
   for (const TensorSlot& slot : slots) {
     tied_head &= slot.fqn != "lm_head.weight";
     int shard = slot.layer == -1 ? 0 : last;

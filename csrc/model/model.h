@@ -16,7 +16,8 @@ class Model {
   // homes[i] holds the layers from split[i - 1] (0 for the first) to split[i] (the end for the
   // last).
   Model(ModelConfig config, Recipe recipe, DType dtype, std::string checkpoint,
-        std::vector<std::shared_ptr<WeightHome>> homes, const std::vector<int>& split);
+        std::vector<std::shared_ptr<WeightHome>> homes, const std::vector<int>& split,
+        const StoredFormats& stored = {});
 
   const ModelConfig& config() const { return config_; }
   Recipe recipe() const { return recipe_; }

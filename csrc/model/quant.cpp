@@ -25,7 +25,8 @@ WeightFormat dense_format(DType dtype) {
     case DType::f32: return WeightFormat::f32;
     case DType::f16: return WeightFormat::f16;
     case DType::bf16: return WeightFormat::bf16;
-    case DType::i32: break;
+    case DType::i32:
+    case DType::coded: break;
   }
   throw InvalidArgument(concat("weights cannot be of dtype ", dtype_name(dtype),
                                "; expected float32, float16 or bfloat16"));
@@ -48,9 +49,9 @@ size_t WeightSpec::tile_bytes() const {
   return 0;
 }
 
-int group_for(int k) {
+int group_for(int k, int most) {
   for (int group : {128, 64, 32})
-    if (k > 0 && k % group == 0) return group;
+    if (group <= most && k > 0 && k % group == 0) return group;
   return 0;
 }
 

@@ -51,8 +51,8 @@ struct WeightSpec {
   bool operator==(const WeightSpec&) const = default;
 };
 
-// The largest of 128, 64, 32 that divides k; 0 when none does.
-int group_for(int k);
+// The largest of 128, 64, 32 that is at most `most` and divides k; 0 when there is none.
+int group_for(int k, int most = 128);
 
 // What a tensor is to the recipe.
 enum class WeightRole {

@@ -19,8 +19,8 @@ namespace {
 
 class Planner {
  public:
-  Planner(const ModelConfig& config, Recipe recipe, DType dense)
-      : c_(config), recipe_(recipe), dense_(dense_format(dense)) {}
+  Planner(const ModelConfig& config, Recipe recipe, DType dense, const StoredFormats& stored)
+      : c_(config), recipe_(recipe), dense_(dense_format(dense)), stored_(stored) {}
 
   std::vector<TensorSlot> run() {
     layer_ = -1;
@@ -30,7 +30,7 @@ class Planner {
     vector("norm.weight", TensorKind::one_plus, {c_.hidden_size});
     // A tied head that stays dense is the embedding itself; a quantized one is a second, small
     // copy.
-    WeightFormat head = choose_format(recipe_, WeightRole::lm_head, dense_);
+    WeightFormat head = format_of("lm_head.weight", WeightRole::lm_head);
     if (!c_.tie_word_embeddings || is_quantized(head))
       matrix("lm_head.weight", WeightRole::lm_head, c_.vocab_size, c_.hidden_size);
     return std::move(slots_);
@@ -76,12 +76,23 @@ class Planner {
     return layer_ >= 0 ? concat("layers.", layer_, ".", name) : std::string(name);
   }
 
+  WeightFormat format_of(const std::string& fqn, WeightRole role) const {
+    auto found = stored_.formats.find(fqn);
+    const bool fixed = role == WeightRole::embedding || role == WeightRole::exact;
+    return found == stored_.formats.end() || fixed ? choose_format(recipe_, role, dense_)
+                                                   : found->second;
+  }
+
   void matrix(const char* name, WeightRole role, int n, int k, int count = 0) {
     TensorSlot slot{.fqn = full_name(name), .shape = {n, k}, .role = role, .layer = layer_};
     if (count) slot.shape.insert(slot.shape.begin(), count);
-    slot.spec = {
-        .format = choose_format(recipe_, role, dense_), .n = n, .k = k, .count = count ? count : 1};
-    if (is_quantized(slot.spec.format)) slot.spec.group = group_for(k);
+    slot.spec = {.format = format_of(slot.fqn, role), .n = n, .k = k, .count = count ? count : 1};
+    if (is_quantized(slot.spec.format)) {
+      slot.spec.group = group_for(k, stored_.group);
+      require(slot.spec.group > 0, slot.fqn, " has ", k, " input features; ",
+              format_name(slot.spec.format),
+              " needs a multiple of 32, so open the checkpoint without quantizing");
+    }
     slots_.push_back(std::move(slot));
   }
 
@@ -93,14 +104,16 @@ class Planner {
   const ModelConfig& c_;
   Recipe recipe_;
   WeightFormat dense_;
+  const StoredFormats& stored_;
   int layer_ = 0;
   std::vector<TensorSlot> slots_;
 };
 
 }  // namespace
 
-std::vector<TensorSlot> plan_tensors(const ModelConfig& config, Recipe recipe, DType dense) {
-  return Planner(config, recipe, dense).run();
+std::vector<TensorSlot> plan_tensors(const ModelConfig& config, Recipe recipe, DType dense,
+                                     const StoredFormats& stored) {
+  return Planner(config, recipe, dense, stored).run();
 }
 
 StoredTensor::StoredTensor(TensorSlot slot, std::shared_ptr<std::byte> data)

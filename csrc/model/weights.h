@@ -40,8 +40,18 @@ struct TensorSlot {
   std::string describe() const;
 };
 
+// What a checkpoint that is quantized already says of its matrices.
+struct StoredFormats {
+  // By FQN: int8 or int4. They stay what they are; the recipe is for the others.
+  std::map<std::string, WeightFormat> formats{};
+  // The most input features that share a scale, in every quantized matrix of the model: matrices
+  // with the same input read activations that are quantized once, in groups of that size.
+  int group = 128;
+};
+
 // Every tensor of a model in reading order. `dense` is the checkpoint's own element type.
-std::vector<TensorSlot> plan_tensors(const ModelConfig& config, Recipe recipe, DType dense);
+std::vector<TensorSlot> plan_tensors(const ModelConfig& config, Recipe recipe, DType dense,
+                                     const StoredFormats& stored = {});
 
 // A device's memory and its packer. Implemented once per kind of device.
 class WeightHome {

@@ -1,4 +1,4 @@
-"""The command line: `qwen-moe generate | chat | bench | info`."""
+"""The command line: `qwen-moe generate | chat | bench | eval | info`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_moe import bench, chat, info
+from qwen_moe import bench, chat, evaluate, info
 from qwen_moe.engine import EMBEDDED, Engine
 from qwen_moe.errors import Error, InvalidArgument
 from qwen_moe.sampling import SamplingParams, recommended
@@ -90,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_arguments(measure)
     measure.set_defaults(run=bench.run)
 
+    loss = commands.add_parser(
+        "eval",
+        help="what quantizing costs",
+        description="Perplexity, divergence and agreement of every recipe on a text, against the "
+        "unquantized weights.",
+    )
+    evaluate.add_arguments(loss)
+    loss.set_defaults(run=evaluate.run)
+
     facts = commands.add_parser(
         "info",
         help="sizes of a checkpoint",
@@ -104,7 +113,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that say which checkpoint to open, and how."""
     group = parser.add_argument_group("engine")
     group.add_argument(
-        "--model", type=Path, metavar="DIR", help="checkpoint; default: the one in the package"
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="checkpoint directory or GGUF file; default: the one in the package",
     )
     group.add_argument("--quantize", choices=("none", "int8", "int4", "int4-all"), default="none")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -4,7 +4,7 @@ Every call that computes, loads or waits releases the GIL. A `session` is the in
 `Engine.open` returned; it goes stale with `close` and is never given out again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 from typing_extensions import Buffer
@@ -124,8 +124,20 @@ class TensorSlot:
     def resident(self) -> bool:
         """Already complete in the process-wide store, put there for another engine."""
 
-def plan(config: ModelConfig, recipe: str, dtype: str) -> list[TensorSlot]:
-    """What a model of this config would hold, without allocating anything."""
+def plan(
+    config: ModelConfig,
+    recipe: str,
+    dtype: str,
+    *,
+    stored: Mapping[str, str] = ...,
+    group: int = 128,
+) -> list[TensorSlot]:
+    """What a model of this config would hold, without allocating anything.
+
+    `stored` names matrices that the checkpoint holds as "int4" or "int8": they stay that, whatever
+    the recipe, except the embedding and the small matrices that every recipe keeps exact. `group`
+    is the most input features that share a scale, in every quantized matrix of the model.
+    """
 
 def session_bytes(config: ModelConfig, kv_dtype: str) -> tuple[int, int]:
     """(bytes of one session at any length, bytes more per token of context)."""
@@ -136,7 +148,7 @@ class Model:
 
     `checkpoint` identifies the source (path, size, mtime or a hash); `dtype` is the checkpoint's
     ("bfloat16", "float16", "float32"); `devices` and `split` place contiguous spans of layers:
-    split holds the first layer of every device but the first.
+    split holds the first layer of every device but the first. `stored` and `group` as in `plan`.
     """
 
     def __init__(
@@ -149,6 +161,8 @@ class Model:
         devices: Sequence[str],
         split: Sequence[int],
         threads: int,
+        stored: Mapping[str, str] = ...,
+        group: int = 128,
     ) -> None: ...
     @property
     def config(self) -> ModelConfig: ...
@@ -160,7 +174,9 @@ class Model:
     def bytes(self) -> int: ...
     def put(self, fqn: str, data: Buffer, dtype: str, first: int = 0) -> None:
         """Packs rows of one tensor. `data` is contiguous, of `dtype`, and holds whole entries of
-        the leading dimension starting at `first` (for experts: expert `first`, first + 1, ...)."""
+        the leading dimension starting at `first` (for experts: expert `first`, first + 1, ...).
+        Of dtype "coded" every weight is an int16 code and the f16 scale of its group; a quantized
+        tensor then keeps both as they are."""
     def fill_random(self, fqn: str, seed: int) -> None: ...
     def finish(self) -> None:
         """Every tensor is complete, or FormatError naming the first that is not."""

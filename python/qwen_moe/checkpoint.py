@@ -1,4 +1,4 @@
-"""A local Hugging Face directory: its config, and where each tensor of the model lies.
+"""A local Hugging Face directory or GGUF file: its config, and where each weight of it lies.
 
 Opening one reads headers only. `loading.load` reads the weights.
 """
@@ -8,21 +8,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from qwen_moe import _core
-from qwen_moe.config import load_json, parse_config, text_config
+from qwen_moe.config import load_json, parse_config, quantization_config, text_config
 from qwen_moe.errors import FormatError, InvalidArgument
+from qwen_moe.formats import METHODS, gguf, gguf_model, gguf_tokenizer, quant_method
+from qwen_moe.shards import StoredTensor, read_header
+from qwen_moe.tokenizer import Tokenizer
+from qwen_moe.weights import DTYPE_BYTES, StackedExperts, Weight
 
 logger = logging.getLogger("qwen_moe")
 
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 _INDEX = "model.safetensors.index.json"
@@ -32,52 +31,29 @@ _SKIPPED = ("visual.", "model.visual.", "mtp.", "model.mtp.")
 _EXPERT = re.compile(r"(layers\.\d+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a shard file."""
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # bfloat16, float16 or float32
-
-    def describe(self) -> str:
-        """Name, shape, dtype and file, for errors."""
-        return f"{self.name} {list(self.shape)} {self.dtype} in {self.file}"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the bytes of one slot of the core come from.
-
-    `parts` has one row for each entry of the slot's leading dimension when experts are stored one
-    by one: (down,) or (gate, up), to be laid one after the other. Else it is the tensor alone.
-    """
-
-    parts: tuple[tuple[StoredTensor, ...], ...]
-    per_expert: bool
-
-    def tensors(self) -> Iterable[StoredTensor]:
-        """Every tensor of the source."""
-        return (tensor for row in self.parts for tensor in row)
-
-
 class Checkpoint:
-    """A checkpoint directory, opened.
+    """A checkpoint directory or GGUF file, opened.
 
     Attributes:
-        path: The directory.
+        path: The directory, or the file.
+        folder: The directory.
         config: The model's dimensions.
         dtype: Of the large matrices: bfloat16, float16 or float32.
+        quantization: How the checkpoint is quantized: fp8, gptq, gguf, ...; None when it is not.
         dummy: Weights are to be random; no file is read.
-        tensors: By name without the prefix; empty for a dummy.
+        tensors: Of the files, by name without the prefix; empty for a dummy.
+        weights: That these tensors make up, by FQN; empty for a dummy.
     """
 
     def __init__(self, path: str | Path, load_format: str = "auto") -> None:
-        """Read config.json and, unless `load_format` is "dummy", the header of every shard.
+        """Read the config and, unless `load_format` is "dummy", the header of every shard.
+
+        Args:
+            path: A directory with config.json, a GGUF file, or a directory with one.
+            load_format: "auto", "safetensors" or "dummy".
 
         Raises:
-            InvalidArgument: Not a directory, or a model that this engine cannot run.
+            InvalidArgument: Neither, or a model that this engine cannot run.
             FormatError: A file is missing, truncated or corrupt.
         """
         if load_format not in LOAD_FORMATS:
@@ -85,22 +61,71 @@ class Checkpoint:
                 f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {load_format!r}"
             )
         self.path = Path(path)
-        if not self.path.is_dir():
+        self.dummy = load_format == "dummy"
+        self.tensors: dict[str, StoredTensor] = {}
+        self.weights: dict[str, Weight] = {}
+        self._shards: list[Path] = []
+        self._gguf = gguf.find(self.path) if load_format != "safetensors" else None
+        self._metadata: Mapping[str, Any] = {}
+        self.folder = self.path.parent if self.path == self._gguf else self.path
+        if self._gguf is not None:
+            self._open_gguf(self._gguf)
+        elif self.path.is_dir():
+            self._open_directory()
+        else:
             raise InvalidArgument(
-                f"{self.path} is not a directory; a checkpoint is a directory with config.json"
+                f"{self.path} is not a directory; a checkpoint is a directory with config.json, "
+                "or a GGUF file"
             )
+
+    def _open_directory(self) -> None:
         file = self.path / "config.json"
         raw = load_json(file)
         self.config = parse_config(raw, str(file))
-        self.dummy = load_format == "dummy"
-        self.tensors: dict[str, StoredTensor] = {}
-        self._shards: list[Path] = []
+        settings = quantization_config(raw)
+        self.quantization = quant_method(settings, str(file))
         self.dtype = _config_dtype(raw, file)
         if not self.dummy:
             self._read_headers()
+            self.weights.update(self.tensors)
+            if self.quantization is not None:
+                named = {fqn: t for fqn, t in self.tensors.items() if not fqn.startswith(_SKIPPED)}
+                self.weights = METHODS[self.quantization](named, settings, str(file))
             embedding = self.tensors.get("embed_tokens.weight")
             if embedding is not None and embedding.dtype in DTYPE_BYTES:
                 self.dtype = embedding.dtype
+
+    def _open_gguf(self, file: Path) -> None:
+        self._metadata, places, files = gguf.read(file)
+        self.config = gguf_model.config(self._metadata, places, str(file))
+        self.quantization = "gguf"
+        embedding = places["token_embd.weight"].stored
+        self.dtype = embedding.dtype if embedding.dtype in DTYPE_BYTES else "bfloat16"
+        if self.dummy:
+            return
+        self._shards = files
+        self.weights = gguf_model.assemble(places, self.config)
+        count = self.config.num_hidden_layers
+        named = {gguf_model.fqn(name, count): place.stored for name, place in places.items()}
+        self.tensors = {fqn: stored for fqn, stored in named.items() if fqn is not None}
+        if len(self.tensors) < len(places):
+            logger.info("%s: skipped %d mtp tensors", file, len(places) - len(self.tensors))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer: of a GGUF file the one in it, or tokenizer.json beside it.
+
+        Raises:
+            FormatError: There is none, or it is broken.
+        """
+        beside = (self.folder / "tokenizer.json").is_file()
+        if self._gguf is None or (beside and "tokenizer.ggml.tokens" not in self._metadata):
+            return Tokenizer(self.folder)
+        try:
+            return gguf_tokenizer.read(self._metadata, self._gguf)
+        except FormatError:
+            if beside:
+                return Tokenizer(self.folder)
+            raise
 
     @property
     def identity(self) -> str:
@@ -132,30 +157,32 @@ class Checkpoint:
             raise FormatError(f"the checkpoint cannot be read any more: {error}") from error
         return digest.hexdigest()
 
-    def sources(self, slots: Iterable[_core.TensorSlot]) -> dict[str, Source]:
-        """Find every slot of the core among the tensors; check names, shapes and dtypes.
+    def sources(self, slots: Iterable[_core.TensorSlot]) -> dict[str, Weight]:
+        """Find every slot of the core among the weights; check names, shapes and dtypes.
 
         Raises:
             FormatError: Tensors are missing, or one has another shape or dtype.
         """
-        found: dict[str, Source] = {}
+        found: dict[str, Weight] = {}
         missing: list[str] = []
         for slot in slots:
             if slot.fqn in found:
                 continue
-            source = self._source(slot, missing)
-            if source is not None:
-                self._check(slot, source)
-                found[slot.fqn] = source
+            weight = self._source(slot, missing)
+            if weight is not None:
+                self._check(slot, weight)
+                found[slot.fqn] = weight
         if missing:
             shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise FormatError(
                 f"{self._origin()}: {len(missing)} of the model's tensors are missing: {shown}"
             )
-        self._report_unused(tensor.name for source in found.values() for tensor in source.tensors())
+        self._report_unused(tensor.name for weight in found.values() for tensor in weight.tensors())
         return found
 
     def _origin(self) -> Path:
+        if self._gguf is not None:
+            return self._gguf
         index = self.path / _INDEX
         return index if index.is_file() else self.path / _SINGLE
 
@@ -185,45 +212,46 @@ class Checkpoint:
                 )
             self.tensors[fqn] = StoredTensor(name, self.path / shard_name, shape, dtype)
 
-    def _source(self, slot: _core.TensorSlot, missing: list[str]) -> Source | None:
-        """The tensors of one slot; names that are not there go to `missing`."""
+    def _source(self, slot: _core.TensorSlot, missing: list[str]) -> Weight | None:
+        """The weight of one slot; names that are not there go to `missing`."""
         name = slot.fqn
         if name == "lm_head.weight" and self.config.tie_word_embeddings:
             name = "embed_tokens.weight"
-        if name in self.tensors:
-            return Source(((self.tensors[name],),), per_expert=False)
+        if name in self.weights:
+            return self.weights[name]
         experts, _, kind = name.rpartition(".")
         parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind)
         if parts is None or not experts.endswith(".experts"):
             missing.append(name)
             return None
-        if not any(f"{experts}.{index}.{parts[0]}.weight" in self.tensors for index in (0, 1)):
+        if not any(f"{experts}.{index}.{parts[0]}.weight" in self.weights for index in (0, 1)):
             missing.append(name)
             return None
         rows = []
         for index in range(slot.shape[0]):
             names = [f"{experts}.{index}.{part}.weight" for part in parts]
-            missing.extend(name for name in names if name not in self.tensors)
-            rows.append(tuple(self.tensors[name] for name in names if name in self.tensors))
+            missing.extend(name for name in names if name not in self.weights)
+            rows.append(tuple(self.weights[name] for name in names if name in self.weights))
         complete = all(len(row) == len(parts) for row in rows)
-        return Source(tuple(rows), per_expert=True) if complete else None
+        return StackedExperts(name, tuple(rows)) if complete else None
 
-    def _check(self, slot: _core.TensorSlot, source: Source) -> None:
+    def _check(self, slot: _core.TensorSlot, weight: Weight) -> None:
         shape = tuple(slot.shape)
-        if source.per_expert:
-            each = len(source.parts[0])
-            shape = (shape[1] // each, *shape[2:])
+        parts = [weight]
+        if isinstance(weight, StackedExperts):
+            parts = list(weight.leaves())
+            shape = (shape[1] * len(weight.parts) // len(parts), *shape[2:])
         large = len(slot.shape) > 1 and not _is_small(slot.fqn)
-        for tensor in source.tensors():
-            if tensor.shape != shape:
-                raise FormatError(f"{tensor.describe()}: the config needs shape {list(shape)}")
-            if tensor.dtype not in DTYPE_BYTES:
+        for part in parts:
+            if part.shape != shape:
+                raise FormatError(f"{part.describe()}: the config needs shape {list(shape)}")
+            if part.dtype not in DTYPE_BYTES:
                 raise FormatError(
-                    f"{tensor.describe()}: the dtype must be one of {', '.join(DTYPE_BYTES)}"
+                    f"{part.describe()}: the dtype must be one of {', '.join(DTYPE_BYTES)}"
                 )
-            if large and tensor.dtype != self.dtype:
+            if large and isinstance(part, StoredTensor) and part.dtype != self.dtype:
                 raise FormatError(
-                    f"{tensor.describe()}: the embedding is {self.dtype}; large matrices of one "
+                    f"{part.describe()}: the embedding is {self.dtype}; large matrices of one "
                     "checkpoint must share a dtype"
                 )
 
@@ -247,26 +275,6 @@ class Checkpoint:
         if unknown:
             shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
             logger.warning("%s: ignored %d unknown tensors: %s", self.path, len(unknown), shown)
-
-
-def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor of a safetensors file.
-
-    Raises:
-        FormatError: The file is missing, truncated or corrupt.
-    """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = {}
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                part = opened.get_slice(name)
-                dtype = part.get_dtype()
-                header[name] = (tuple(part.get_shape()), DTYPES.get(dtype, dtype))
-            return header
-    except FileNotFoundError:
-        raise FormatError(f"{file}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{file}: {error}") from error
 
 
 def _strip(name: str) -> str:
@@ -313,6 +321,8 @@ def _sample(file: Path, digest: hashlib._Hash, pieces: int = 64, piece_bytes: in
     digest.update(f"\n{size}".encode())
     with file.open("rb") as opened:
         header_bytes = 8 + int.from_bytes(opened.read(8), "little")
+        if file.suffix == ".gguf":  # where its header ends only the whole of it says
+            header_bytes = min(size, 1 << 20)
         opened.seek(0)
         digest.update(opened.read(header_bytes))
         for index in range(pieces):

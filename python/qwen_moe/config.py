@@ -68,6 +68,11 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else raw
 
 
+def quantization_config(raw: Mapping[str, Any]) -> Any:  # noqa: ANN401 - checked by its reader
+    """How the checkpoint is quantized already, as config.json says; None when it is not."""
+    return raw.get("quantization_config") or text_config(raw).get("quantization_config")
+
+
 def read_config(path: Path) -> ModelConfig:
     """Read the model's dimensions from a config.json.
 
@@ -82,7 +87,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     """Like `read_config`, of a parsed config.json; `source` names it in errors."""
     _check_family(raw, source)
     text = text_config(raw)
-    _check_settings(raw, text, source)
+    _check_settings(text, source)
     fields = {name: _integer(text, name, source) for name in _INTEGERS}
     theta, rotary = _rope(text, source)
     tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
@@ -115,15 +120,7 @@ def _check_family(raw: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _check_settings(raw: Mapping[str, Any], text: Mapping[str, Any], source: str) -> None:
-    quantization = raw.get("quantization_config") or text.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise InvalidArgument(
-            f"{source}: quantization_config says that the checkpoint is quantized with "
-            f"{method or 'an unnamed method'}, which is not supported yet; open the unquantized "
-            "checkpoint and pass quantize="
-        )
+def _check_settings(text: Mapping[str, Any], source: str) -> None:
     for name, only in _ONLY.items():
         value = text.get(name, only)
         if value is not None and value != only:

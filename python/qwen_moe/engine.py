@@ -51,7 +51,7 @@ class Engine:
                 print(step.text, end="", flush=True)
 
     Attributes:
-        path: The checkpoint directory.
+        path: The checkpoint directory or GGUF file.
         config: The model's dimensions, under the names of config.json.
         devices: Where the layers are, in order.
         quantize: None, "int8", "int4" or "int4-all".
@@ -80,12 +80,15 @@ class Engine:
         """Open a checkpoint and load its weights.
 
         Args:
-            path: A local Hugging Face directory; None opens the small model inside the package.
+            path: A local Hugging Face directory, also one that is quantized already (FP8, GPTQ,
+                AWQ, compressed-tensors), or a GGUF file; None opens the small model inside the
+                package.
             device: "cpu", "cuda", "cuda:1", or "auto", which takes CUDA when there is some.
             devices: Instead of `device`: spread contiguous spans of layers over several.
             split: The first layer of every device but the first; None shares layers out evenly.
-            quantize: Pack weights while loading: "int8", "int4" (large matrices int4, the small
-                ones that every token passes int8), "int4-all", or None to keep the checkpoint's.
+            quantize: Pack weights that are not int4 or int8 already: "int8", "int4" (large
+                matrices int4, the small ones that every token passes int8), "int4-all", or None to
+                keep the checkpoint's.
             max_sessions: Sessions that may be open at once.
             max_context: Tokens that one session holds at most. None takes 4096, or what the model
                 allows when that is less.
@@ -122,9 +125,18 @@ class Engine:
         self.quantize = quantize
         self.kv_dtype = kv_dtype
         self.max_context = _context(max_context, self.config.max_position_embeddings)
-        self._tokenizer = Tokenizer(self.path) if (self.path / "tokenizer.json").is_file() else None
+        self._tokenizer: Tokenizer | None = None
+        self._no_tokenizer = ""
+        try:
+            self._tokenizer = self._checkpoint.tokenizer()
+        except FormatError as error:
+            if (self._checkpoint.folder / "tokenizer.json").is_file():
+                raise
+            self._no_tokenizer = str(error)
         self.eos_token_ids = (
-            self._tokenizer.eos_token_ids if self._tokenizer else read_eos_token_ids(self.path)
+            self._tokenizer.eos_token_ids
+            if self._tokenizer
+            else read_eos_token_ids(self._checkpoint.folder)
         )
         model = loading.load(
             self._checkpoint,
@@ -221,8 +233,7 @@ class Engine:
         """
         if self._tokenizer is None:
             raise FormatError(
-                f"{self.path / 'tokenizer.json'}: no such file; without a tokenizer prompts "
-                "must be token ids"
+                f"{self._no_tokenizer}; without a tokenizer prompts must be token ids"
             )
         return self._tokenizer
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from qwen_moe import _core
 from qwen_moe.checkpoint import Checkpoint
 from qwen_moe.engine import DEFAULT_CONTEXT, EMBEDDED, KV_DTYPES
+from qwen_moe.plan import plan
 
 RECIPES = ("none", "int8", "int4", "int4-all")
 
@@ -21,13 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=EMBEDDED,
         metavar="PATH",
-        help="directory with a config.json; default: the checkpoint in the package",
+        help="directory with a config.json, or a GGUF file; default: the one in the package",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Print what there is to know without loading anything."""
     checkpoint = Checkpoint(args.path, "dummy")
+    if checkpoint.quantization is not None:  # only its tensors say which stay as they are
+        checkpoint = Checkpoint(args.path)
     config = checkpoint.config
     print(f"{args.path}\n")
     for name, value in _facts(config):
@@ -48,10 +51,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"memory available here: {size(available)}\n")
     print(f"{'quantize':10} {'weights':>10}  fits here, with {KV_DTYPES[0]} KV")
     for recipe in RECIPES:
-        weights = weight_bytes(config, recipe, checkpoint.dtype)
+        weights = weight_bytes(checkpoint, recipe)
         sessions = (available - weights) // session
         fits = f"{sessions:,} sessions of {context} tokens" if sessions > 0 else "no"
-        name = checkpoint.dtype if recipe == "none" else recipe
+        name = (checkpoint.quantization or checkpoint.dtype) if recipe == "none" else recipe
         print(f"{name:10} {size(weights):>10}  {fits}")
 
 
@@ -66,9 +69,9 @@ def parameters(config: _core.ModelConfig, dtype: str) -> tuple[int, int]:
     return total, active
 
 
-def weight_bytes(config: _core.ModelConfig, recipe: str, dtype: str) -> int:
-    """Resident bytes of the weights."""
-    return sum(slot.bytes for slot in _core.plan(config, recipe, dtype))
+def weight_bytes(checkpoint: Checkpoint, recipe: str) -> int:
+    """Resident bytes of the weights, on a CPU."""
+    return sum(slot.bytes for slot in plan(checkpoint, recipe, ("cpu",)).slots)
 
 
 def available_memory() -> int:

@@ -1,28 +1,27 @@
 """Weights of a checkpoint -> the core, one piece at a time.
 
-A piece is at most `PIECE_BYTES` of one tensor, read through a mapping of its shard that is dropped
-again after `WINDOW_BYTES`: pages of a mapped file count as memory of the process until then.
+A piece is at most `PIECE_BYTES` of one tensor. Codes and scales that a checkpoint has already go to
+the core as they are where one of its formats holds them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from qwen_moe import _core
-from qwen_moe.checkpoint import DTYPE_BYTES, Checkpoint, Source, StoredTensor
+from qwen_moe.checkpoint import Checkpoint
 from qwen_moe.errors import FormatError
+from qwen_moe.plan import plan, report
+from qwen_moe.shards import Shards
+from qwen_moe.weights import Weight, entry_bytes
 
 PIECE_BYTES = 8 << 20
-WINDOW_BYTES = 16 << 20
 ROW_STEP = 64  # matrices are cut at multiples of this many rows
 
 
@@ -48,8 +47,9 @@ def load(
     Raises:
         FormatError: A tensor is missing or broken; nothing was allocated yet when its header is.
     """
-    slots = _core.plan(checkpoint.config, recipe, checkpoint.dtype)
-    sources = {} if checkpoint.dummy else checkpoint.sources(slots)
+    found = plan(checkpoint, recipe, devices)
+    sources, stored = found.sources, found.stored
+    report(checkpoint, found)
     model = _core.Model(
         config=checkpoint.config,
         recipe=recipe,
@@ -58,95 +58,46 @@ def load(
         devices=devices,
         split=split,
         threads=threads,
+        stored=stored,
+        group=found.group,
     )
     needed: dict[str, _core.TensorSlot] = {}
     for slot in model.slots:
         if not slot.resident:
             needed[slot.fqn] = slot
-    with _bar(_total(needed, sources), recipe, progress) as bar, _Shards() as shards:
+    total = sum(_bytes(sources, stored, slot) for slot in needed.values())
+    with _bar(total, recipe, progress) as bar, Shards() as shards:
         for fqn, slot in needed.items():
             if checkpoint.dummy:
                 model.fill_random(fqn, _seed(fqn))
                 bar.update(slot.bytes)
                 continue
-            source = sources[fqn]
-            for piece in _pieces(shards, slot, source):
+            weight, coded = sources[fqn], fqn in stored
+            for piece in _pieces(shards, slot, weight, coded):
                 first, data = piece
+                dtype = "coded" if coded else _dtype_name(data)
                 try:
-                    model.put(fqn, data.view(torch.uint8).numpy().data, _dtype_name(data), first)
+                    model.put(fqn, data.view(torch.uint8).numpy().data, dtype, first)
                 except FormatError as error:
-                    raise FormatError(f"{source.parts[0][0].file}: {error}") from error
+                    raise FormatError(f"{weight.file}: {error}") from error
                 bar.update(data.nbytes)
                 del piece, data  # the shard stays mapped while a tensor refers to it
     model.finish()
     return model
 
 
-class _Shards:
-    """Open shard files, re-opened whenever a window's worth of them was read."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, Any] = {}
-        self._read = 0
-
-    def __enter__(self) -> _Shards:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._close()
-
-    def read(self, tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
-        """Entries [begin, end) of the leading dimension: a view of the file."""
-        if self._read >= WINDOW_BYTES:
-            self._close()
-        try:
-            if tensor.file not in self._open:
-                opened: Any = safe_open(tensor.file, framework="pt")
-                self._open[tensor.file] = opened.__enter__()
-            part: torch.Tensor = self._open[tensor.file].get_slice(tensor.name)[begin:end]
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{tensor.describe()}: {error}") from error
-        self._read += part.nbytes
-        return part
-
-    def _close(self) -> None:
-        for opened in self._open.values():
-            opened.__exit__(None, None, None)
-        self._open.clear()
-        self._read = 0
-
-
 def _pieces(
-    shards: _Shards, slot: _core.TensorSlot, source: Source
+    shards: Shards, slot: _core.TensorSlot, weight: Weight, coded: bool
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(first entry, contiguous tensor of whole entries), in order."""
     entries = slot.shape[0]
-    tensors = source.parts[0]
-    entry_bytes = sum(_bytes(tensor) for tensor in tensors)
-    if not source.per_expert:
-        entry_bytes = max(1, entry_bytes // entries)
-    step = max(1, PIECE_BYTES // entry_bytes)
+    step = max(1, PIECE_BYTES // max(1, entry_bytes(weight, coded=coded)))
     if len(slot.shape) == 2 and step < entries:
         step = max(ROW_STEP, step // ROW_STEP * ROW_STEP)
+    read = weight.read_coded if coded else weight.read
     for begin in range(0, entries, step):
         end = min(begin + step, entries)
-        if not source.per_expert:
-            yield begin, shards.read(tensors[0], begin, end)
-            continue
-        rows = [tensor for row in source.parts[begin:end] for tensor in row]
-        yield begin, torch.cat([shards.read(tensor, 0, tensor.shape[0]) for tensor in rows])
-
-
-def _bytes(tensor: StoredTensor) -> int:
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    return count * DTYPE_BYTES[tensor.dtype]
+        yield begin, read(shards, begin, end)
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
@@ -157,10 +108,10 @@ def _seed(fqn: str) -> int:
     return int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:8], "little")
 
 
-def _total(needed: dict[str, _core.TensorSlot], sources: dict[str, Source]) -> int:
+def _bytes(sources: Mapping[str, Weight], stored: Mapping[str, str], slot: _core.TensorSlot) -> int:
     if not sources:
-        return sum(slot.bytes for slot in needed.values())
-    return sum(_bytes(tensor) for fqn in needed for tensor in sources[fqn].tensors())
+        return slot.bytes
+    return slot.shape[0] * entry_bytes(sources[slot.fqn], coded=slot.fqn in stored)
 
 
 def _bar(total: int, recipe: str, progress: bool | None) -> Any:  # noqa: ANN401 - tqdm is untyped

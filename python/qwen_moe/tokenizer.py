@@ -26,30 +26,39 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint directory.
+    """The tokenizer of a checkpoint.
 
     Reads tokenizer.json, and where they exist tokenizer_config.json, chat_template.jinja,
     generation_config.json and config.json. Any number of threads may use it.
 
     Attributes:
-        path: The directory.
+        path: The directory, or the file that holds it.
         eos_token_ids: The ids that end a text.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        backend: tokenizers.Tokenizer | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         """Open the tokenizer in the directory `path`.
+
+        Args:
+            path: The directory.
+            backend: Take this one, of the file `path`, instead of reading tokenizer.json.
+            settings: What tokenizer_config.json would say beside `backend`.
 
         Raises:
             FormatError: tokenizer.json is missing, broken, or not byte-level.
         """
         self.path = Path(path)
         file = self.path / "tokenizer.json"
-        if not file.is_file():
-            raise FormatError(f"{file}: no such file; the checkpoint has no tokenizer")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise FormatError(f"{file}: {error}") from error
+        if backend is not None:
+            self._tokenizer, file = backend, self.path
+        else:
+            self._tokenizer = _read_backend(file)
         if not isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
             kind = type(self._tokenizer.decoder).__name__
             raise FormatError(f"{file}: the decoder is {kind}; only ByteLevel is supported")
@@ -59,7 +68,7 @@ class Tokenizer:
         self._special = {token_id for token_id, token in added.items() if token.special}
         self._alphabet = _byte_alphabet()
         self._bytes: dict[int, bytes] = {}
-        self._settings = _optional_json(self.path / "tokenizer_config.json")
+        self._settings = _optional_json(self.path / "tokenizer_config.json") | dict(settings or {})
         self._template = self._open_template()
         self.eos_token_ids = self._eos_token_ids()
 
@@ -162,6 +171,15 @@ class Tokenizer:
             found = self._tokenizer.token_to_id(token)
             ids = () if found is None else (found,)
         return ids
+
+
+def _read_backend(file: Path) -> tokenizers.Tokenizer:
+    if not file.is_file():
+        raise FormatError(f"{file}: no such file; the checkpoint has no tokenizer")
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise FormatError(f"{file}: {error}") from error
 
 
 def read_eos_token_ids(path: Path) -> tuple[int, ...]:

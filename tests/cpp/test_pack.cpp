@@ -103,6 +103,40 @@ TEST(Pack, QuantizedLayoutAndError) {
   }
 }
 
+TEST(Pack, CodedStaysAsItIs) {
+  struct Coded {
+    int16_t code;
+    uint16_t scale;
+  };
+  for (bool int4 : {true, false}) {
+    const WeightSpec spec{int4 ? WeightFormat::int4 : WeightFormat::int8, 21, 128, 1, 64};
+    std::vector<Coded> x(21 * 128);
+    Floats expected(x.size()), got(x.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+      const int code =
+          int4 ? static_cast<int>(i * 7 % 16) - 8 : static_cast<int>(i * 37 % 256) - 128;
+      x[i] = {static_cast<int16_t>(code), f16_of(0.01f * (i / 64 % 2 ? -1.0f : 1.5f))};
+      expected[i] = static_cast<float>(code) * f16_value(x[i].scale);
+    }
+    std::vector<std::byte> packed(spec.matrix_bytes(), std::byte{0xee});
+    const auto pack = [&](const WeightSpec& to) {
+      pack_tiles(packed.data(), to, x.data(), DType::coded, 0, 2);
+    };
+    pack(spec);
+    unpack(got.data(), spec, packed.data());
+    EXPECT_EQ(got, expected);
+    EXPECT_THROW(pack({WeightFormat::bf16, 21, 128}), InvalidArgument);
+    WeightSpec wide = spec;
+    wide.group = 128;
+    EXPECT_THROW(pack(wide), Format);  // two scales in a group
+    x[77].code = int4 ? 8 : 128;
+    EXPECT_THROW(pack(spec), Format);
+    x[77].code = 0;
+    for (size_t i = 64; i < 128; ++i) x[i].scale = 0x7c00;
+    EXPECT_THROW(pack(spec), Format);
+  }
+}
+
 TEST(Pack, RefusesWhatItCannotKeep) {
   Floats x(16 * 64, 1.0f);
   std::vector<std::byte> packed(1 << 16);
@@ -154,6 +188,8 @@ TEST(Quant, SpecsAndRecipes) {
   EXPECT_EQ(group_for(192), 64);
   EXPECT_EQ(group_for(96), 32);
   EXPECT_EQ(group_for(100), 0);
+  EXPECT_EQ(group_for(2048, 64), 64);
+  EXPECT_EQ(group_for(2048, 63), 32);
   for (const char* name : {"none", "int8", "int4", "int4-all"})
     EXPECT_EQ(recipe_name(parse_recipe(name)), name);
   EXPECT_THROW(parse_recipe("int3"), InvalidArgument);
