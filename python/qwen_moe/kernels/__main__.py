@@ -1,0 +1,36 @@
+"""`python -m qwen_moe.kernels --arch 90 --out DIR`: compiles the kernels; needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from .images import build
+
+
+def main() -> None:
+    """Compiles the table and prints what was made."""
+    parser = argparse.ArgumentParser(prog="python -m qwen_moe.kernels", description=__doc__)
+    parser.add_argument("--arch", type=int, required=True, help="compute capability, 90 for 9.0")
+    parser.add_argument("--out", type=Path, required=True, help="folder for images and manifest")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    options = parser.parse_args()
+    began = time.monotonic()
+    tty = sys.stderr.isatty()
+
+    def progress(line: str) -> None:
+        print(f"\r\x1b[K{line}" if tty else line, end="" if tty else "\n", file=sys.stderr)
+
+    images = build(options.out, options.arch, only=options.only, progress=progress)
+    size = sum(len(image.code) for image in images)
+    if tty:
+        print(file=sys.stderr)
+    print(
+        f"{len(images)} kernels, {size >> 10} KiB, {time.monotonic() - began:.0f} s: {options.out}"
+    )
+
+
+if __name__ == "__main__":
+    main()
