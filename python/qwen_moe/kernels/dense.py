@@ -12,12 +12,15 @@ TYPES = {
     "scales": "*fp16",
     "row_gate": "*fp32",
     "rows": "i32",
-    "n": "i32",
+    "n": "i32/16",
     "k": "i32/16",
     "tile_words": "i32/16",
-    "out_stride": "i32",
-    "out_offset": "i32",
+    "out_stride": "i32/16",
+    "out_offset": "i32/16",
 }
+
+# Of a matrix with few outputs, any number of them.
+NARROW_TYPES = {**TYPES, "out": "*fp32/4", "n": "i32", "out_stride": "i32", "out_offset": "i32"}
 
 PAIR_TYPES = {
     "out": "*bf16",
@@ -35,7 +38,7 @@ UNPACK_TYPES = {
     "out": "*bf16",
     "codes": "*i32",
     "scales": "*fp16",
-    "n": "i32",
+    "n": "i32/16",
     "k": "i32/16",
     "tile_words": "i32/16",
 }

@@ -13,7 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import dense, norm
+from . import (
+    attention,
+    attention_append,
+    conv,
+    delta_output,
+    delta_prepare,
+    delta_scan,
+    dense,
+    moe,
+    norm,
+    route,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +82,6 @@ def _dense() -> list[Spec]:
             wide = {**dense.TYPES, "out": "*fp32"}
             table += [
                 Spec(f"project_{name}", dense.project, dense.TYPES, plain, **launch),
-                Spec(f"project_fp32_{name}", dense.project, wide, plain, **launch),
                 Spec(
                     f"project_residual_{name}",
                     dense.project,
@@ -94,6 +104,9 @@ def _dense() -> list[Spec]:
                     **launch,
                 ),
             ]
+        if bits == 16:
+            shape = {"BITS": 16, "GROUP": 64, "BM": 64, "BN": 64, "RESIDUAL": False, "GATED": False}
+            table.append(Spec("project_narrow_bf16", dense.project, dense.NARROW_TYPES, shape))
         table.append(
             Spec(
                 f"unpack_{format_name(bits, group)}",
@@ -112,6 +125,107 @@ def _rows() -> list[Spec]:
     ]
 
 
+def _gated_delta() -> list[Spec]:
+    return [
+        Spec("conv_silu_norm", conv.conv_silu_norm, conv.TYPES, {"BT": 32, "DIM": 128}),
+        Spec("conv_window", conv.conv_window, conv.WINDOW_TYPES, {"BLOCK": 256}),
+        Spec(
+            "delta_prepare",
+            delta_prepare.delta_prepare,
+            delta_prepare.TYPES,
+            {"DIM": 128, "PRECISION": "tf32"},
+            stages=1,
+        ),
+        Spec(
+            "delta_scan",
+            delta_scan.delta_scan,
+            delta_scan.TYPES,
+            {"DIM": 128, "BV": 32},
+            stages=2,
+        ),
+        Spec(
+            "delta_output",
+            delta_output.delta_output,
+            delta_output.TYPES,
+            {"DIM": 128},
+            warps=8,
+            stages=1,
+        ),
+    ]
+
+
+def _attention() -> list[Spec]:
+    return [
+        Spec(
+            "attention_append",
+            attention_append.attention_append,
+            attention_append.TYPES,
+            {"BT": 8, "DIM": 256},
+        ),
+        Spec(
+            "attention",
+            attention.attention,
+            attention.TYPES,
+            {"BM": 128, "DIM": 256},
+            warps=8,
+            stages=2,
+        ),
+    ]
+
+
+# What the core must know beside the table.
+ROUTE_TOKENS = 16  # of a block of top_experts
+SORT_PICKS = 256  # of a block of sort_picks
+
+
+def _routed() -> list[Spec]:
+    table = []
+    for experts in (64, 256, 512):
+        sizes = {"EXPERTS": experts}
+        for top in (8, 16):
+            table.append(
+                Spec(
+                    f"top_experts_{experts}_{top}",
+                    route.top_experts,
+                    route.TOP_TYPES,
+                    {"BT": ROUTE_TOKENS, **sizes, "TOP": top},
+                )
+            )
+        table.append(
+            Spec(
+                f"plan_experts_{experts}",
+                route.plan_experts,
+                route.PLAN_TYPES,
+                {**sizes, "BLOCKS": 32},
+                warps=8,
+            )
+        )
+    table.append(Spec("sort_picks", route.sort_picks, route.SORT_TYPES, {"BLOCK": SORT_PICKS}))
+    for bits, group in FORMATS:
+        for tile in TILES:
+            name = f"{format_name(bits, group)}_m{tile.rows}"
+            shape = {"BITS": bits, "GROUP": group, "BM": tile.rows}
+            launch = {"warps": tile.warps, "stages": tile.stages}
+            table += [
+                Spec(
+                    f"expert_gate_up_{name}",
+                    moe.expert_gate_up,
+                    moe.GATE_UP_TYPES,
+                    {**shape, "BN": tile.outputs // 2},
+                    **launch,
+                ),
+                Spec(
+                    f"expert_down_{name}",
+                    moe.expert_down,
+                    moe.DOWN_TYPES,
+                    {**shape, "BN": tile.outputs},
+                    **launch,
+                ),
+            ]
+    table.append(Spec("combine_experts", moe.combine_experts, moe.COMBINE_TYPES, {"BLOCK": 1024}))
+    return table
+
+
 def specs() -> list[Spec]:
     """All of them, in the order of a layer."""
-    return [*_rows(), *_dense()]
+    return [*_rows(), *_dense(), *_gated_delta(), *_attention(), *_routed()]
