@@ -15,10 +15,10 @@ CHUNK = 64
 
 def fragment_places(columns: int) -> torch.Tensor:
     """Input at every place of fragment order (kernels/tiles.py)."""
-    place = torch.arange(64)
+    place = torch.arange(32)
     s, r, t, h = place // 16, place // 8 % 2, place // 2 % 4, place % 2
-    inputs = 32 * (s // 2) + 8 * t + 4 * (s % 2) + 2 * r + h
-    return (torch.arange(columns // 64)[:, None] * 64 + inputs).reshape(-1)
+    inputs = 8 * t + 4 * s + 2 * r + h
+    return (torch.arange(columns // 32)[:, None] * 32 + inputs).reshape(-1)
 
 
 def to_fragment_order(x: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,9 @@
 A tile holds 16 outputs, and its codes lie in the order in which an mma fragment takes them: lane
 4 q + t of a warp has the outputs q and q + 8. `expand` only renames those dimensions, so a tile
 goes from memory to the registers of the A operand with no shuffle. The price is that the inputs k
-come in *fragment order*: in every 64 inputs, place 16 s + 8 r + 2 t + h holds input
-32 (s / 2) + 8 t + 4 (s % 2) + 2 r + h. So whatever meets a weight is written in fragment order by
-the kernel that makes it (`fragment_order`).
+come in *fragment order*: in every 32 inputs, place 16 s + 8 r + 2 t + h holds input
+8 t + 4 s + 2 r + h. So whatever meets a weight is written in fragment order by the kernel that
+makes it (`fragment_order`).
 """
 
 import triton
@@ -116,9 +116,9 @@ def expand(words, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
 
 @triton.jit
 def fragment_order(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[rows, columns] -> the same with every 64 columns in fragment order."""
-    x = tl.reshape(x, (ROWS, COLUMNS // 64, 2, 4, 2, 2, 2))
-    x = tl.permute(x, (0, 1, 2, 4, 5, 3, 6))
+    """[rows, columns] -> the same with every 32 columns in fragment order."""
+    x = tl.reshape(x, (ROWS, COLUMNS // 32, 4, 2, 2, 2))
+    x = tl.permute(x, (0, 1, 3, 4, 2, 5))
     return tl.reshape(x, (ROWS, COLUMNS))
 
 
