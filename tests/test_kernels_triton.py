@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from qwen_moe.kernels import images
+from qwen_moe.kernels import specs as tables
 from qwen_moe.kernels.specs import Spec, specs
 
 HERE = Path(__file__).parent
@@ -106,3 +107,46 @@ def test_the_table_names_every_kernel_once() -> None:
     assert len(set(names)) == len(names)
     for spec in specs():
         assert spec.kernel.arg_names == [*spec.types, *spec.constants], spec.name
+
+
+def test_the_core_launches_what_the_table_has() -> None:
+    source = (HERE.parent / "csrc" / "cuda" / "prefill.cpp").read_text()
+    constants = {name: int(value) for name, value in re.findall(r"\b(k[A-Z]\w+) = (\d+)\b", source)}
+    every = table()
+
+    def fixed(kernel: str) -> dict[str, object]:
+        return dict(every[kernel].constants)
+
+    assert constants == {
+        "kBlockOutputs": fixed("project_bf16_m128")["BN"],
+        "kNarrowRows": fixed("project_narrow_bf16")["BM"],
+        "kNarrowOutputs": fixed("project_narrow_bf16")["BN"],
+        "kConvRows": fixed("conv_silu_norm")["BT"],
+        "kConvChannels": fixed("conv_window")["BLOCK"],
+        "kValueColumns": fixed("delta_scan")["BV"],
+        "kAppendRows": fixed("attention_append")["BT"],
+        "kAttentionRows": fixed("attention")["BM"],
+        "kRouteTokens": tables.ROUTE_TOKENS,
+        "kSortPicks": tables.SORT_PICKS,
+        "kCombineColumns": fixed("combine_experts")["BLOCK"],
+    }
+    # Rows and outputs of the tiles, by the last part of their names.
+    for spec in specs():
+        if match := re.fullmatch(r"(project|expert)\w*_m(\d+)", spec.name):
+            assert spec.constants["BM"] == int(match[2])
+            pair = "pair" in spec.name or "gate_up" in spec.name
+            assert spec.constants["BN"] == constants["kBlockOutputs"] // (2 if pair else 1)
+
+    wanted = re.findall(r'(?:launch|project)\((?:concat\()?"(\w+)"(, \{| *,|,)', source)
+    assert len(wanted) > 15
+    for name, _ in wanted:
+        assert any(known == name or known.startswith(name) for known in every), name
+    kernels = {spec.kernel.__name__ for spec in specs()} - {"unpack"}
+    assert all(any(name.startswith(k) for name, _ in wanted) for k in kernels)
+
+    # Arguments of every launch, counted.
+    for name, arguments in re.findall(r'launch\("(\w+)",.*?\{(.*?)\}\);', source, re.DOTALL):
+        flat = re.sub(r"<[^<>]*>", "", arguments)
+        while "(" in flat:
+            flat = re.sub(r"\([^()]*\)", "", flat)
+        assert flat.count(",") + 1 == len(every[name].types), name
