@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times every Triton prefill kernel at 35B-A3B shapes and checks it against torch, on one GPU.
 
-    PYTHONPATH=python python3 benchmarks/bench_prefill_kernels.py [--rows 512,2048,8192] [--only X]
+    python3 benchmarks/bench_prefill_kernels.py [--rows 512,2048,8192] [--only X]
 
 Needs torch and Triton, not the built core, and no network. Every kernel runs with a few
 configurations, the first being that of the spec table; all are printed, so that the best can be
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,10 +26,13 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# As a top-level package: importing qwen_moe would want the built core.
-sys.path[:0] = [str(ROOT / "python" / "qwen_moe"), str(ROOT / "tests")]
+# Importing qwen_moe itself would want the built core.
+sys.modules["qwen_moe"] = types.ModuleType("qwen_moe")
+sys.modules["qwen_moe"].__path__ = [str(ROOT / "python" / "qwen_moe")]
+sys.path.insert(0, str(ROOT / "tests"))
 
-from kernels import (  # noqa: E402
+import prefill_reference as ref  # noqa: E402
+from qwen_moe.kernels import (  # noqa: E402
     attention,
     attention_append,
     conv,
@@ -40,8 +44,6 @@ from kernels import (  # noqa: E402
     norm,
     route,
 )
-
-import prefill_reference as ref  # noqa: E402
 
 
 @dataclass(frozen=True)

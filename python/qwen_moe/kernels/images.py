@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -197,17 +199,58 @@ def read(folder: Path, arch: int) -> list[Image]:
 
 
 def build(
-    folder: Path, arch: int, *, only: str = "", progress: Callable[[str], None] = lambda _: None
+    folder: Path,
+    arch: int,
+    *,
+    only: str = "",
+    share: tuple[int, int] = (0, 1),
+    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Image]:
-    """Compiles the table (or the kernels whose name has `only`) into a folder."""
+    """Compiles the table into a folder.
+
+    Args:
+        folder: Where images and manifest go.
+        arch: Compute capability, 90 for 9.0.
+        only: Kernels whose name contains this.
+        share: (i, n): every n-th kernel from the i-th on.
+        progress: Told what is done next.
+    """
     triton_version()
     from .specs import specs
 
-    table = [spec for spec in specs() if only in spec.name]
+    table = [spec for spec in specs() if only in spec.name][share[0] :: share[1]]
     images = []
     for i, spec in enumerate(table):
         progress(f"compiling kernels for sm_{arch}: {i + 1}/{len(table)} {spec.name}")
         images.append(compile_spec(spec, arch))
+    write(folder, images, arch)
+    return images
+
+
+def build_parallel(
+    folder: Path, arch: int, jobs: int, progress: Callable[[str], None] = lambda _: None
+) -> list[Image]:
+    """As `build`, in processes of their own: a compiler takes one core."""
+    triton_version()
+    with tempfile.TemporaryDirectory() as made:
+        parts = [Path(made) / str(i) for i in range(jobs)]
+        compiler = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "standalone.py")]
+        running = [
+            subprocess.Popen(
+                [*compiler, f"--arch={arch}", f"--out={part}", f"--share={i}/{jobs}"],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i, part in enumerate(parts)
+        ]
+        images = []
+        for i, (process, part) in enumerate(zip(running, parts, strict=True)):
+            progress(f"compiling kernels for sm_{arch}: part {i + 1} of {jobs}")
+            _, said = process.communicate()
+            if process.returncode:
+                raise ImageError(f"compiling the prefill kernels failed:\n{said[-2000:]}")
+            images += read(part, arch)
     write(folder, images, arch)
     return images
 
@@ -228,4 +271,4 @@ def load(arch: int, progress: Callable[[str], None] = lambda _: None) -> list[Im
     try:
         return read(folder, arch)
     except ImageError:
-        return build(folder, arch, progress=progress)
+        return build_parallel(folder, arch, min(16, os.cpu_count() or 1), progress)
