@@ -93,20 +93,35 @@ SMOKE = Shape(
 )
 
 
-# Configurations of products: rows, outputs, warps, stages.
+# Configurations of products: rows, outputs, warps, stages, and whether scales go into the weights.
 GEMM = [
-    (128, 128, 8, 3),
-    (128, 128, 8, 4),
-    (128, 64, 4, 3),
-    (128, 64, 4, 4),
-    (64, 128, 4, 3),
-    (64, 128, 4, 4),
-    (64, 256, 8, 3),
-    (64, 64, 4, 4),
+    (128, 128, 8, 3, True),
+    (128, 128, 8, 4, True),
+    (128, 256, 8, 3, True),
+    (256, 128, 8, 3, True),
+    (64, 256, 8, 3, True),
+    (64, 128, 4, 3, True),
+    (64, 128, 4, 4, True),
+    (128, 64, 4, 3, True),
+    (128, 128, 8, 3, False),
+    (128, 64, 4, 3, False),
+    (64, 128, 4, 4, False),
 ]
-# bf16 weights have no sum of a group beside the total.
-GEMM_BF16 = [(128, 128, 8, 3), (128, 128, 8, 4), (256, 128, 8, 3), (64, 128, 4, 4)]
-SMALL = [(16, 128, 4, 4), (32, 128, 4, 3), (32, 128, 4, 4), (32, 64, 4, 4)]
+GEMM_BF16 = [
+    (128, 128, 8, 3, False),
+    (128, 128, 8, 4, False),
+    (128, 256, 8, 3, False),
+    (256, 128, 8, 3, False),
+    (64, 128, 4, 4, False),
+]
+NARROW = [(64, 64, 4, 3, False), (32, 64, 4, 4, False), (128, 64, 4, 3, False)]
+SMALL = [
+    (16, 128, 4, 4, True),
+    (16, 64, 4, 4, True),
+    (32, 128, 4, 3, True),
+    (32, 128, 4, 4, True),
+    (16, 128, 4, 4, False),
+]
 
 
 @dataclass
@@ -196,13 +211,12 @@ class Bench:
 
     # --- configurations
 
-    def tiles(self, options: list[tuple[int, int, int, int]]) -> list[dict[str, int]]:
-        """Of (rows, outputs, warps, stages)."""
+    def tiles(self, options: list[tuple[int, int, int, int, bool]]) -> list[dict[str, Any]]:
         if self.quick:
-            return [{"BM": 16, "BN": 32, "num_warps": 4, "num_stages": 2}]
+            return [{"BM": 16, "BN": 128, "FOLD": True, "num_warps": 4, "num_stages": 2}]
         return [
-            {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
-            for bm, bn, warps, stages in options
+            {"BM": bm, "BN": bn, "FOLD": fold, "num_warps": warps, "num_stages": stages}
+            for bm, bn, warps, stages, fold in options
         ]
 
     # --- kernels, in the order of a layer
@@ -243,7 +257,7 @@ class Bench:
         gate, ordered = self.floats(t), ref.to_fragment_order(x)
         group = 64 if bits == 16 else 128
 
-        def run(to: torch.Tensor, config: dict[str, int]) -> None:
+        def run(to: torch.Tensor, config: dict[str, Any]) -> None:
             dense.project[(cdiv(n, config["BN"]) * cdiv(t, config["BM"]),)](
                 to,
                 ordered,
@@ -263,13 +277,7 @@ class Bench:
                 **config,
             )
 
-        configs = self.tiles(
-            [(64, 64, 4, 3), (32, 64, 4, 4), (128, 64, 4, 3)]
-            if narrow
-            else GEMM_BF16
-            if bits == 16
-            else GEMM
-        )
+        configs = self.tiles(NARROW if narrow else GEMM_BF16 if bits == 16 else GEMM)
 
         def check() -> float:
             at = self.sample(t)
@@ -324,11 +332,7 @@ class Bench:
             s.layers,
             [
                 Variant(label(c), lambda c=c: run(c))  # type: ignore[misc]
-                for c in (
-                    [{"BM": 16, "BN": 128, "num_warps": 4, "num_stages": 2}]
-                    if self.quick
-                    else self.tiles(GEMM)
-                )
+                for c in self.tiles(GEMM)
             ],
             check,
             flops=4.0 * t * n * k,
@@ -720,11 +724,7 @@ class Bench:
                 hidden, partial, weights, s.hidden, s.top_k, BLOCK=block
             )
 
-        configs = (
-            [{"BM": 16, "BN": 128, "num_warps": 4, "num_stages": 2}]
-            if self.quick
-            else self.tiles(SMALL + GEMM)
-        )
+        configs = self.tiles(SMALL + GEMM)
         # The first configuration is that of the table for so many rows.
         mean = picks / s.experts
         wanted = 16 if mean <= 24 else 64 if mean <= 96 else 128

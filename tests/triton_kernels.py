@@ -91,10 +91,22 @@ def test_projection(bits: int, group: int, rows: int) -> None:
     gate = torch.empty(0)
     args = (ref.to_fragment_order(x), w.codes, w.scales, gate, rows, n, k, w.tile_words, n + 8, 8)
     dense.project[(blocks(n, 32) * blocks(rows, 16),)](
-        out, *args, BITS=bits, GROUP=group, BM=16, BN=32, RESIDUAL=False, GATED=False
+        out, *args, BITS=bits, GROUP=group, BM=16, BN=32, FOLD=False, RESIDUAL=False, GATED=False
     )
     assert_close(out[:, 8:], x.float() @ w.dense[0].T, 1e-6)
     assert not out[:, :8].any()
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+def test_projection_with_scales_in_the_weights(bits: int, group: int) -> None:
+    rows, n, k = 20, 64, 256
+    w, x = ref.random_weight(1, n, k, bits, group), bf16_rows(rows, k)
+    out, gate = torch.zeros(rows, n), torch.empty(0)
+    args = (ref.to_fragment_order(x), w.codes, w.scales, gate, rows, n, k, w.tile_words, n, 0)
+    dense.project[(2 * 2,)](
+        out, *args, BITS=bits, GROUP=group, BM=16, BN=32, FOLD=True, RESIDUAL=False, GATED=False
+    )
+    assert_close(out, x.float() @ w.dense[0].T, 8e-3)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -106,7 +118,7 @@ def test_projection_adds_to_the_residual_stream(gated: bool) -> None:
     expected = hidden + (expected * gate.sigmoid()[:, None] if gated else expected)
     args = (ref.to_fragment_order(x), w.codes, w.scales, gate, rows, n, k, w.tile_words, n, 0)
     dense.project[(2 * 2,)](
-        hidden, *args, BITS=8, GROUP=128, BM=16, BN=32, RESIDUAL=True, GATED=gated
+        hidden, *args, BITS=8, GROUP=128, BM=16, BN=32, FOLD=False, RESIDUAL=True, GATED=gated
     )
     assert_close(hidden, expected, 1e-6)
 
@@ -118,7 +130,7 @@ def test_gate_and_up_in_one_product(bits: int, group: int) -> None:
     out = torch.empty(rows, n, dtype=torch.bfloat16)
     args = (ref.to_fragment_order(x), w.codes, w.scales, rows, n, k, w.tile_words)
     dense.project_pair[(2 * 2,)](
-        out, *args, n // 16 * w.tile_words, BITS=bits, GROUP=group, BM=16, BN=64
+        out, *args, n // 16 * w.tile_words, BITS=bits, GROUP=group, BM=16, BN=64, FOLD=False
     )
     gate, up = x.float() @ w.dense[0].T, x.float() @ w.dense[1].T
     assert_close(ref.from_fragment_order(out), torch.nn.functional.silu(gate) * up, ROUNDED)
@@ -143,7 +155,7 @@ def test_rows_beside_a_row_do_not_change_its_bits() -> None:
     for out, rows, of, tile in ((many, 40, x, 32), (few, 1, x[17:18].contiguous(), 16)):
         args = (of, w.codes, w.scales, gate, rows, n, k, w.tile_words, n, 0)
         dense.project[(2 * blocks(rows, tile),)](
-            out, *args, BITS=4, GROUP=128, BM=tile, BN=32, RESIDUAL=False, GATED=False
+            out, *args, BITS=4, GROUP=128, BM=tile, BN=32, FOLD=False, RESIDUAL=False, GATED=False
         )
     assert torch.equal(many[17], few[0])
 
@@ -344,7 +356,7 @@ def test_routed_experts(bits: int, group: int, rows: int) -> None:
     x, logits = bf16_rows(rows, hidden), torch.randn(rows, experts)
     ids, weights, order, work = routed(logits, top_k, tile)
     most = rows * top_k // tile + experts
-    shape = {"BITS": bits, "GROUP": group, "BM": tile, "BN": 64}
+    shape = {"BITS": bits, "GROUP": group, "BM": tile, "BN": 64, "FOLD": False}
     act = torch.zeros(rows * top_k, inner, dtype=torch.bfloat16)
     moe.expert_gate_up[(inner // 64 * most,)](
         act,

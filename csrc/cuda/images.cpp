@@ -54,20 +54,28 @@ Images::~Images() {
 #endif
 }
 
-Images::Loaded& Images::get(const std::string& name) {
+const Images::Loaded& Images::get(const std::string& name) const {
   auto found = kernels_.find(name);
   require(found != kernels_.end(), "there is no kernel image ", name, "; ", kernels_.size(),
           " were given. Images of another version? Compile them again");
-  Loaded& loaded = found->second;
-  if (loaded.kernel != nullptr) return loaded;
+  return found->second;
+}
+
+int Images::constant(const std::string& name, const std::string& constant) const {
+  for (const auto& [key, value] : get(name).image.constants)
+    if (key == constant) return value;
+  throw InvalidArgument(concat("kernel image ", name, " was compiled without ", constant));
+}
+
+void Images::load(Loaded& loaded) {
 #if CUDART_VERSION >= 12080
   cudaLibrary_t library = nullptr;
   const cudaError_t status = cudaLibraryLoadData(&library, loaded.image.code.data(), nullptr,
                                                  nullptr, 0, nullptr, nullptr, 0);
   if (status != cudaSuccess) {
     cudaGetLastError();
-    throw Device(concat("cannot load kernel image ", name, ": ", cudaGetErrorString(status),
-                        "; it may be of another GPU architecture"));
+    throw Device(concat("cannot load kernel image ", loaded.image.name, ": ",
+                        cudaGetErrorString(status), "; it may be of another GPU architecture"));
   }
   loaded.library = library;
   cudaKernel_t kernel = nullptr;
@@ -80,14 +88,14 @@ Images::Loaded& Images::get(const std::string& name) {
 #else
   throw Device("kernel images need a build with CUDA 12.8 or later");
 #endif
-  return loaded;
 }
 
 void Images::launch(cudaStream_t stream, const std::string& name, dim3 grid,
                     std::initializer_list<KernelArg> args) {
-  const Loaded& loaded = get(name);
+  auto& loaded = const_cast<Loaded&>(get(name));
   const std::vector<KernelArg> given(args);
   check_arguments(loaded.image, given);
+  if (loaded.kernel == nullptr) load(loaded);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const void* no_scratch = nullptr;
   std::vector<void*> addresses;

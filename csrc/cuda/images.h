@@ -47,7 +47,8 @@ class Images {
   Images(const Images&) = delete;
   Images& operator=(const Images&) = delete;
 
-  bool has(const std::string& name) const { return kernels_.contains(name); }
+  // What a kernel was compiled for: rows, outputs or columns of a block.
+  int constant(const std::string& name, const std::string& constant) const;
   void launch(cudaStream_t stream, const std::string& name, dim3 grid,
               std::initializer_list<KernelArg> args);
 
@@ -57,7 +58,8 @@ class Images {
     cudaLibrary_t library = nullptr;
     const void* kernel = nullptr;
   };
-  Loaded& get(const std::string& name);
+  const Loaded& get(const std::string& name) const;
+  static void load(Loaded& loaded);
 
   std::map<std::string, Loaded> kernels_;
 };

@@ -7,15 +7,8 @@
 namespace qwen_moe::cuda {
 namespace {
 
-// As in kernels/specs.py: what the images were compiled for.
-constexpr int kBlockOutputs = 128;  // of a projection; a pair takes half of each
-constexpr int kNarrowRows = 64, kNarrowOutputs = 64;
-constexpr int kConvRows = 32, kConvChannels = 256;
-constexpr int kValueColumns = 32;  // of the state, in a block of delta_scan
-constexpr int kAppendRows = 8, kAttentionRows = 128;
-constexpr int kRouteTokens = 16, kSortPicks = 256;
-constexpr int kCombineColumns = 1024;
 constexpr int kChunk = kPageTokens;
+constexpr int kLeastPart = 16;  // tokens that a block of the router takes, at least
 
 unsigned blocks_of(int64_t count, int size) {
   return static_cast<unsigned>((count + size - 1) / size);
@@ -38,12 +31,8 @@ std::string format_of(const WeightSpec& spec) {
 PrefillOps::PrefillOps(const ModelConfig& config, const DeviceProperties& device, Images& images,
                        CudaOps& decode, int max_rows)
     : c_(config), device_(device), images_(images), decode_(decode), max_rows_(max_rows) {
-  require(c_.hidden_size % kBlockOutputs == 0 && c_.hidden_size <= 8192,
-          "the prefill kernels take a hidden_size that is a multiple of ", kBlockOutputs,
-          " up to 8192, got ", c_.hidden_size);
-  for (int n : {c_.moe_intermediate_size, c_.shared_expert_intermediate_size})
-    require(n % (kBlockOutputs / 2) == 0, "the prefill kernels take intermediate sizes that are ",
-            "multiples of ", kBlockOutputs / 2, ", got ", n);
+  require(c_.hidden_size <= 8192, "the prefill kernels take a hidden_size up to 8192, got ",
+          c_.hidden_size);
   require(c_.num_experts <= 512 && c_.num_experts_per_tok <= 16,
           "the prefill kernels take up to 512 experts and 16 per token; this model has ",
           c_.num_experts, " and ", c_.num_experts_per_tok);
@@ -95,8 +84,8 @@ size_t PrefillOps::lay_out(std::byte* base) {
   take(ids_, 1, picks);
   take(ranks_, 1, picks);
   take(order_, 1, picks);
-  take(counts_, experts, rows / kRouteTokens + 1);
-  take(places_, experts, rows / kRouteTokens + 1);
+  take(counts_, experts, rows / kLeastPart + 1);
+  take(places_, experts, rows / kLeastPart + 1);
   take(work_, 3, picks / 16 + experts + 1);
   take(expert_act_, size(c_.moe_intermediate_size), picks);
   take(expert_part_, size(c_.hidden_size), picks);
@@ -112,10 +101,15 @@ void PrefillOps::begin(cudaStream_t stream, const PrefillRows& rows) {
 
 // The order of a sum does not depend on the tile, so the tile may depend on the number of rows:
 // the largest one that still gives every multiprocessor a block.
-int PrefillOps::tile_rows(int outputs) const {
-  if (rows_.rows <= 16) return 16;
-  const unsigned blocks = blocks_of(rows_.rows, 128) * blocks_of(outputs, kBlockOutputs);
-  return blocks >= static_cast<unsigned>(device_.sms) ? 128 : 64;
+std::string PrefillOps::tile_of(const std::string& name, int outputs, unsigned& blocks) const {
+  std::string chosen;
+  for (int rows : {128, 64, 16}) {
+    if (rows > 16 && rows_.rows <= 16) continue;
+    chosen = concat(name, "_m", rows);
+    blocks = blocks_of(outputs, constant(chosen, "BN")) * blocks_of(rows_.rows, rows);
+    if (rows == 64 || blocks >= static_cast<unsigned>(device_.sms)) break;
+  }
+  return chosen;
 }
 
 int PrefillOps::expert_rows() const {
@@ -128,6 +122,13 @@ int PrefillOps::most_work() const {
   return std::min(picks, picks / expert_rows() + c_.num_experts);
 }
 
+// Those kernels take whole blocks of outputs.
+void PrefillOps::check_whole(int outputs, const std::string& name) const {
+  const int block = constant(name, "BN");
+  require(outputs % block == 0, "prefill kernel ", name, " takes a multiple of ", block,
+          " outputs, got ", outputs);
+}
+
 void PrefillOps::rms_norm(const float* hidden, const float* weight) {
   const int block = c_.hidden_size <= 2048 ? 2048 : c_.hidden_size <= 4096 ? 4096 : 8192;
   launch(concat("rms_norm_", block), dim3(static_cast<unsigned>(rows_.rows)),
@@ -137,9 +138,9 @@ void PrefillOps::rms_norm(const float* hidden, const float* weight) {
 void PrefillOps::project(const char* kind, void* out, int out_stride, int out_offset,
                          const bf16* input, const WeightView& weight, const float* row_gate) {
   const WeightSpec& spec = weight.spec;
-  const int rows = tile_rows(spec.n);
-  launch(concat(kind, "_", format_of(spec), "_m", rows),
-         dim3(blocks_of(spec.n, kBlockOutputs) * blocks_of(rows_.rows, rows)),
+  unsigned blocks = 0;
+  const std::string name = tile_of(concat(kind, "_", format_of(spec)), spec.n, blocks);
+  launch(name, dim3(blocks),
          {out, input, codes_of(weight), weight.data, row_gate, rows_.rows, spec.n, spec.k,
           tile_words(weight), out_stride, out_offset});
 }
@@ -150,10 +151,12 @@ void PrefillOps::project_narrow(float* out, int out_stride, int out_offset,
   require(spec.format == WeightFormat::bf16, "the router and the gates must be bf16, got ",
           format_name(spec.format));
   const float* no_gate = nullptr;
-  launch("project_narrow_bf16",
-         dim3(blocks_of(spec.n, kNarrowOutputs) * blocks_of(rows_.rows, kNarrowRows)),
-         {out, normed_, codes_of(weight), weight.data, no_gate, rows_.rows, spec.n, spec.k,
-          tile_words(weight), out_stride, out_offset});
+  const char* name = "project_narrow_bf16";
+  launch(
+      name,
+      dim3(blocks_of(spec.n, constant(name, "BN")) * blocks_of(rows_.rows, constant(name, "BM"))),
+      {out, normed_, codes_of(weight), weight.data, no_gate, rows_.rows, spec.n, spec.k,
+       tile_words(weight), out_stride, out_offset});
 }
 
 void PrefillOps::norm_in_proj(const NormInProjArgs<float>& args) {
@@ -180,15 +183,16 @@ void PrefillOps::gated_delta_prefill(const GatedDeltaArgs<float, bf16>& args) {
   const int offset = rows_.position % kChunk;
   const unsigned chunks = blocks_of(offset + rows, kChunk), every = static_cast<unsigned>(heads);
   float* window = args.conv_state.at(rows_.slot);
-  launch("conv_silu_norm", dim3(blocks_of(channels, dim), blocks_of(rows, kConvRows)),
+  launch("conv_silu_norm",
+         dim3(blocks_of(channels, dim), blocks_of(rows, constant("conv_silu_norm", "BT"))),
          {qkv_, proj_, window, w.conv1d, rows, proj_stride_, channels, key_heads,
           1.0f / std::sqrt(static_cast<float>(dim))});
-  launch("conv_window", dim3(blocks_of(channels, kConvChannels)),
+  launch("conv_window", dim3(blocks_of(channels, constant("conv_window", "BLOCK"))),
          {window, proj_, rows, proj_stride_, channels});
   launch("delta_prepare", dim3(every, chunks),
          {delta_w_, delta_u_, delta_sums_, qkv_, gates_, w.decay_rate, w.dt_bias, rows, offset,
           channels, 2 * heads, key_heads, heads});
-  launch("delta_scan", dim3(blocks_of(dim, kValueColumns), every),
+  launch("delta_scan", dim3(blocks_of(dim, constant("delta_scan", "BV")), every),
          {args.recurrent_state.at(rows_.slot), delta_states_, delta_u_, delta_w_, delta_sums_, qkv_,
           rows, offset, channels, key_heads, heads});
   launch("delta_output", dim3(every, chunks),
@@ -202,12 +206,13 @@ void PrefillOps::attention_prefill(const AttentionArgs<float, bf16>& args) {
   const int rows = rows_.rows, heads = c_.num_attention_heads, kv_heads = c_.num_key_value_heads;
   const int64_t page_stride = args.kv.page_stride / static_cast<int64_t>(sizeof(bf16));
   launch("attention_append",
-         dim3(static_cast<unsigned>(heads + 2 * kv_heads), blocks_of(rows, kAppendRows)),
+         dim3(static_cast<unsigned>(heads + 2 * kv_heads),
+              blocks_of(rows, constant("attention_append", "BT"))),
          {query_, args.kv.data, proj_, args.layer.q_norm, args.layer.k_norm,
           inverse_frequency_.data(), args.rows.pages, rows, rows_.position, proj_stride_,
           page_stride, heads, kv_heads, c_.rotary_dim() / 2, static_cast<float>(c_.rms_norm_eps),
           1.0f / std::sqrt(static_cast<float>(c_.head_dim))});
-  const int tokens = kAttentionRows / (heads / kv_heads);
+  const int tokens = constant("attention", "BM") / (heads / kv_heads);
   launch("attention", dim3(static_cast<unsigned>(kv_heads), blocks_of(rows, tokens)),
          {core_, query_, args.kv.data, proj_, args.rows.pages, rows, rows_.position, proj_stride_,
           page_stride, heads, kv_heads});
@@ -225,10 +230,11 @@ void PrefillOps::norm_router_shared(const NormRouterSharedArgs<float, bf16>& arg
 
   const WeightSpec& spec = w.shared_gate.spec;
   require<Error>(spec == w.shared_up.spec, "shared_gate and shared_up are not of one kind");
-  const int tile = tile_rows(2 * spec.n);
   const int64_t up_words = (w.shared_up.data - w.shared_gate.data) / 4;
-  launch(concat("project_pair_", format_of(spec), "_m", tile),
-         dim3(blocks_of(spec.n, kBlockOutputs / 2) * blocks_of(rows_.rows, tile)),
+  unsigned blocks = 0;
+  const std::string name = tile_of(concat("project_pair_", format_of(spec)), spec.n, blocks);
+  check_whole(spec.n, name);
+  launch(name, dim3(blocks),
          {shared_, normed_, codes_of(w.shared_gate), w.shared_gate.data, rows_.rows, spec.n, spec.k,
           tile_words(w.shared_gate), up_words});
 }
@@ -236,17 +242,19 @@ void PrefillOps::norm_router_shared(const NormRouterSharedArgs<float, bf16>& arg
 void PrefillOps::routed_gate_up(const RoutedGateUpArgs<float, bf16>& args) {
   const int rows = rows_.rows, experts = c_.num_experts, top_k = c_.num_experts_per_tok;
   const int width = experts <= 64 ? 64 : experts <= 256 ? 256 : 512, tile = expert_rows();
-  const unsigned parts = blocks_of(rows, kRouteTokens);
-  launch(concat("top_experts_", width, "_", top_k <= 8 ? 8 : 16), dim3(parts),
-         {ids_, pick_weight_, ranks_, counts_, router_, rows, experts, top_k});
+  const std::string top = concat("top_experts_", width, "_", top_k <= 8 ? 8 : 16);
+  const int part = constant(top, "BT");
+  const unsigned parts = blocks_of(rows, part);
+  launch(top, dim3(parts), {ids_, pick_weight_, ranks_, counts_, router_, rows, experts, top_k});
   launch(concat("plan_experts_", width), dim3(1),
          {places_, work_, counts_, static_cast<int>(parts), experts, tile});
-  launch("sort_picks", dim3(blocks_of(rows * top_k, kSortPicks)),
-         {order_, ids_, ranks_, places_, rows * top_k, experts, kRouteTokens * top_k});
+  launch("sort_picks", dim3(blocks_of(rows * top_k, constant("sort_picks", "BLOCK"))),
+         {order_, ids_, ranks_, places_, rows * top_k, experts, part * top_k});
   const WeightView& w = args.layer.experts_gate_up;
   const int inner = w.spec.n / 2;
-  launch(concat("expert_gate_up_", format_of(w.spec), "_m", tile),
-         dim3(blocks_of(inner, kBlockOutputs / 2) * static_cast<unsigned>(most_work())),
+  const std::string name = concat("expert_gate_up_", format_of(w.spec), "_m", tile);
+  check_whole(inner, name);
+  launch(name, dim3(blocks_of(inner, constant(name, "BN")) * static_cast<unsigned>(most_work())),
          {expert_act_, normed_, codes_of(w), w.data, order_, work_, inner, w.spec.k, tile_words(w),
           top_k});
 }
@@ -254,12 +262,14 @@ void PrefillOps::routed_gate_up(const RoutedGateUpArgs<float, bf16>& args) {
 // The sum over ranks goes to the residual stream first, the shared expert behind it.
 void PrefillOps::down_combine_residual(const DownCombineArgs<float, bf16>& args) {
   const WeightView& w = args.layer.experts_down;
-  launch(concat("expert_down_", format_of(w.spec), "_m", expert_rows()),
-         dim3(blocks_of(w.spec.n, kBlockOutputs) * static_cast<unsigned>(most_work())),
+  const std::string name = concat("expert_down_", format_of(w.spec), "_m", expert_rows());
+  check_whole(w.spec.n, name);
+  launch(name, dim3(blocks_of(w.spec.n, constant(name, "BN")) * static_cast<unsigned>(most_work())),
          {expert_part_, expert_act_, codes_of(w), w.data, order_, work_, w.spec.n, w.spec.k,
           tile_words(w)});
   launch("combine_experts",
-         dim3(blocks_of(c_.hidden_size, kCombineColumns), static_cast<unsigned>(rows_.rows)),
+         dim3(blocks_of(c_.hidden_size, constant("combine_experts", "BLOCK")),
+              static_cast<unsigned>(rows_.rows)),
          {args.hidden, expert_part_, pick_weight_, c_.hidden_size, c_.num_experts_per_tok});
   project("project_gated", args.hidden, c_.hidden_size, 0, shared_, args.layer.shared_down,
           shared_scale_);

@@ -59,9 +59,12 @@ class PrefillOps {
   void project(const char* kind, void* out, int out_stride, int out_offset, const bf16* input,
                const WeightView& weight, const float* row_gate = nullptr);
   void project_narrow(float* out, int out_stride, int out_offset, const WeightView& weight);
-  int tile_rows(int outputs) const;  // of a block of a projection
-  int expert_rows() const;           // of a block of work of the experts
-  int most_work() const;             // blocks of work that the picks may need
+  // The name of the table for a product of so many outputs, and its grid.
+  std::string tile_of(const std::string& name, int outputs, unsigned& blocks) const;
+  void check_whole(int outputs, const std::string& name) const;
+  int expert_rows() const;  // of a block of work of the experts
+  int most_work() const;    // blocks of work that the picks may need
+  int constant(const std::string& name, const char* of) const { return images_.constant(name, of); }
 
   ModelConfig c_;
   DeviceProperties device_;

@@ -17,6 +17,7 @@ struct KernelImage {
   int shared = 0;                                           // bytes of dynamic shared memory
   int warps = 0;                                            // of a block
   std::vector<std::pair<std::string, std::string>> params;  // name and type, in order
+  std::vector<std::pair<std::string, int>> constants;       // rows of a block and such
   int scratch = 0;  // pointers behind the params; the kernels that we compile want null
 };
 

@@ -17,6 +17,7 @@ KernelImage image() {
                      {"n", "i32/16"},
                      {"stride", "i64"},
                      {"eps", "fp32"}},
+          .constants = {{"BM", 16}},
           .scratch = 2};
 }
 
@@ -51,9 +52,11 @@ TEST(Images, RefuseWhatBreaksAPromise) {
 
 TEST(Images, NameWhatIsMissing) {
   Images images({image()});
-  EXPECT_TRUE(images.has("one"));
+  EXPECT_EQ(images.constant("one", "BM"), 16);
+  EXPECT_THROW(images.constant("one", "BN"), InvalidArgument);
   EXPECT_THROW(images.launch(nullptr, "two", dim3(1), {}), InvalidArgument);
-  EXPECT_THROW(images.launch(nullptr, "one", dim3(1), {}), Device);  // not a cubin
+  EXPECT_THROW(images.launch(nullptr, "one", dim3(1), {at(32), at(36), 48, int64_t{7}, 1.0f}),
+               Device);  // not a cubin
   EXPECT_THROW(Images({image(), image()}), InvalidArgument);
 }
 

@@ -61,6 +61,7 @@ def project(
     GROUP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    FOLD: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
 ):
@@ -93,6 +94,7 @@ def project(
         GROUP,
         BN,
         BM,
+        FOLD,
     )
     total = tl.trans(total)
     column = first + tl.arange(0, BN)
@@ -120,6 +122,7 @@ def project_pair(
     GROUP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """out = silu(x G^T) * (x U^T) in fragment order: the gate and up of the shared expert.
 
@@ -150,6 +153,7 @@ def project_pair(
         GROUP,
         2 * BN,
         BM,
+        FOLD,
     )
     value = silu_times(total, BN, BM)
     column = first + tl.arange(0, BN)

@@ -44,6 +44,7 @@ class Image:
         shared: Bytes of dynamic shared memory.
         warps: Of a block.
         params: Name and type of every argument, in order.
+        constants: What it was compiled for, such as rows and outputs of a block.
         scratch: Pointers that Triton appends to the arguments; null for these kernels.
     """
 
@@ -53,6 +54,7 @@ class Image:
     shared: int
     warps: int
     params: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, int], ...]
     scratch: int
 
 
@@ -144,6 +146,7 @@ def compile_spec(spec: Spec, arch: int) -> Image:
         shared=about.shared,
         warps=about.num_warps,
         params=params,
+        constants=tuple((k, int(v)) for k, v in spec.constants.items() if isinstance(v, int)),
         scratch=check_parameters(made.asm["ptx"], params),
     )
 
@@ -194,7 +197,8 @@ def read(folder: Path, arch: int) -> list[Image]:
         if hashlib.sha256(code).hexdigest() != entry.pop("sha256"):
             raise ImageError(f"{entry['name']}.cubin in {folder} is not what the manifest names")
         params = tuple((name, kind) for name, kind in entry.pop("params"))
-        images.append(Image(code=code, params=params, **entry))
+        constants = tuple((name, value) for name, value in entry.pop("constants"))
+        images.append(Image(code=code, params=params, constants=constants, **entry))
     return images
 
 

@@ -60,6 +60,7 @@ def expert_gate_up(
     GROUP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """out[place] = silu(x G^T) * (x U^T) of the pick at each place, in fragment order.
 
@@ -96,6 +97,7 @@ def expert_gate_up(
         GROUP,
         2 * BN,
         BM,
+        FOLD,
     )
     column = first + tl.arange(0, BN)
     to = out + place.to(tl.int64)[:, None] * n + column[None, :]
@@ -117,6 +119,7 @@ def expert_down(
     GROUP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """out[pick] = x[place] D^T. Grid (n / BN * most blocks of work), outputs fastest.
 
@@ -146,6 +149,7 @@ def expert_down(
         GROUP,
         BN,
         BM,
+        FOLD,
     )
     column = first + tl.arange(0, BN)
     to = out + pick.to(tl.int64)[:, None] * n + column[None, :]

@@ -67,6 +67,9 @@ class Tile:
     stages: int
 
 
+# Whether weights meet the tensor cores scaled (kernels/tiles.py, `multiply`).
+FOLD = True
+
 # By the number of rows that a product has, or that an expert has on average.
 TILES = (Tile(16, 128, 4, 4), Tile(64, 128, 4, 3), Tile(128, 128, 8, 3))
 
@@ -78,7 +81,7 @@ def _dense() -> list[Spec]:
             name = f"{format_name(bits, group)}_m{tile.rows}"
             shape = {"BITS": bits, "GROUP": group, "BM": tile.rows, "BN": tile.outputs}
             launch = {"warps": tile.warps, "stages": tile.stages}
-            plain = {**shape, "RESIDUAL": False, "GATED": False}
+            plain = {**shape, "FOLD": FOLD, "RESIDUAL": False, "GATED": False}
             wide = {**dense.TYPES, "out": "*fp32"}
             table += [
                 Spec(f"project_{name}", dense.project, dense.TYPES, plain, **launch),
@@ -100,12 +103,13 @@ def _dense() -> list[Spec]:
                     f"project_pair_{name}",
                     dense.project_pair,
                     dense.PAIR_TYPES,
-                    {**shape, "BN": tile.outputs // 2},
+                    {**shape, "BN": tile.outputs // 2, "FOLD": FOLD},
                     **launch,
                 ),
             ]
         if bits == 16:
-            shape = {"BITS": 16, "GROUP": 64, "BM": 64, "BN": 64, "RESIDUAL": False, "GATED": False}
+            shape = {"BITS": 16, "GROUP": 64, "BM": 64, "BN": 64, "FOLD": False}
+            shape |= {"RESIDUAL": False, "GATED": False}
             table.append(Spec("project_narrow_bf16", dense.project, dense.NARROW_TYPES, shape))
         table.append(
             Spec(
@@ -211,14 +215,14 @@ def _routed() -> list[Spec]:
                     f"expert_gate_up_{name}",
                     moe.expert_gate_up,
                     moe.GATE_UP_TYPES,
-                    {**shape, "BN": tile.outputs // 2},
+                    {**shape, "BN": tile.outputs // 2, "FOLD": FOLD},
                     **launch,
                 ),
                 Spec(
                     f"expert_down_{name}",
                     moe.expert_down,
                     moe.DOWN_TYPES,
-                    {**shape, "BN": tile.outputs},
+                    {**shape, "BN": tile.outputs, "FOLD": FOLD},
                     **launch,
                 ),
             ]

@@ -11,107 +11,56 @@ makes it (`fragment_order`).
 import triton
 import triton.language as tl
 
-from .interpreted import INTERPRETED, dot, dot_add
+from .interpreted import dot, dot_add
+from .widen import pair, twice, widen_int4, widen_int8
 
 
 @triton.jit
-def pair(word):
-    """The two bf16 of a word: [...] int32 -> [..., 2]."""
-    low = (word & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    high = (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return tl.join(low, high)
-
-
-@triton.jit
-def nibbles(word, p: tl.constexpr):
-    """Codes p and p + 4 of eight, less 8."""
-    low = ((word >> (4 * p)) & 15) - 8
-    high = ((word >> (4 * p + 16)) & 15) - 8
-    return tl.join(low.to(tl.float32), high.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
-def octets(word, p: tl.constexpr):
-    """Codes 2 p and 2 p + 1 of four, less 128."""
-    low = ((word >> (16 * p)) & 255) - 128
-    high = ((word >> (16 * p + 8)) & 255) - 128
-    return tl.join(low.to(tl.float32), high.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
-def widen_int4(word):
-    """[...] words of eight codes -> four [..., 2] bf16: 128 + code is exact, then less 136."""
-    if INTERPRETED:
-        return nibbles(word, 0), nibbles(word, 1), nibbles(word, 2), nibbles(word, 3)
-    a, b, c, d = tl.inline_asm_elementwise(
-        """{
-        .reg .b32 shifted, bias;
-        mov.b32 bias, 0x43084308;
-        lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-        sub.bf16x2 $0, $0, bias;
-        shr.u32 shifted, $4, 4;
-        lop3.b32 $1, shifted, 0x000f000f, 0x43004300, 0xea;
-        sub.bf16x2 $1, $1, bias;
-        shr.u32 shifted, $4, 8;
-        lop3.b32 $2, shifted, 0x000f000f, 0x43004300, 0xea;
-        sub.bf16x2 $2, $2, bias;
-        shr.u32 shifted, $4, 12;
-        lop3.b32 $3, shifted, 0x000f000f, 0x43004300, 0xea;
-        sub.bf16x2 $3, $3, bias;
-        }""",
-        "=&r,=&r,=&r,=&r,r",
-        [word],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
-    return pair(a), pair(b), pair(c), pair(d)
-
-
-@triton.jit
-def widen_int8(word):
-    """[...] words of four codes -> two [..., 2] bf16.
-
-    bf16 keeps 8 bits: 128 + the low 7 are exact; the top bit says whether 128 or 256 comes off.
-    """
-    if INTERPRETED:
-        return octets(word, 0), octets(word, 1)
-    a, b = tl.inline_asm_elementwise(
-        """{
-        .reg .b32 code, bias;
-        prmt.b32 code, $2, 0, 0x4140;
-        lop3.b32 bias, code, 0x00800080, 0x43804380, 0x6a;
-        lop3.b32 $0, code, 0x007f007f, 0x43004300, 0xea;
-        sub.bf16x2 $0, $0, bias;
-        prmt.b32 code, $2, 0, 0x4342;
-        lop3.b32 bias, code, 0x00800080, 0x43804380, 0x6a;
-        lop3.b32 $1, code, 0x007f007f, 0x43004300, 0xea;
-        sub.bf16x2 $1, $1, bias;
-        }""",
-        "=&r,=&r,r",
-        [word],
-        dtype=(tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
-    return pair(a), pair(b)
-
-
-@triton.jit
-def expand(words, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
-    """[R tiles, U units of words] int32 -> [16 R outputs, 64 U inputs in fragment order] bf16."""
+def over_words(scale, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
+    """[R, 8] of outputs q -> the shape of a tile's words."""
     if BITS == 4:
-        a, b, c, d = widen_int4(tl.reshape(words, (R, U, 8, 4, 4)))
+        scale = tl.broadcast_to(scale[:, None, :, None, None], (R, U, 8, 4, 4))
+    else:
+        scale = tl.broadcast_to(scale[:, None, None, :, None, None, None], (R, U, 2, 8, 4, 2, 2))
+    return scale
+
+
+@triton.jit
+def arrange(words, scale, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr, SCALED):
+    """[R, U units of words] -> [16 R, 64 U]; fp32 scales [R, 16] are read with SCALED only."""
+    high, low, high8, low8 = words, words, words, words
+    if SCALED:
+        upper = scale.to(tl.bfloat16).to(tl.float32)
+        high, high8 = tl.split(tl.permute(tl.reshape(upper, (R, 2, 8)), (0, 2, 1)))
+        low, low8 = tl.split(tl.permute(tl.reshape(scale - upper, (R, 2, 8)), (0, 2, 1)))
+        high, high8 = over_words(twice(high), BITS, R, U), over_words(twice(high8), BITS, R, U)
+        low, low8 = over_words(twice(low), BITS, R, U), over_words(twice(low8), BITS, R, U)
+    if BITS == 4:
+        w = tl.reshape(words, (R, U, 8, 4, 4))
+        a, b, c, d = widen_int4(w, high, low, high8, low8, SCALED)
         w = tl.join(tl.join(a, c), tl.join(b, d))  # R U q t s h r o
         w = tl.permute(w, (0, 7, 2, 1, 4, 6, 3, 5))
     elif BITS == 8:
-        a, b = widen_int8(tl.reshape(words, (R, U, 2, 8, 4, 2, 2)))
+        w = tl.reshape(words, (R, U, 2, 8, 4, 2, 2))
+        a, b = widen_int8(w, high, low, high8, low8, SCALED)
         w = tl.join(a, b)  # R U s/2 q t s%2 r h o
         w = tl.permute(w, (0, 8, 3, 1, 2, 5, 6, 4, 7))
     else:
         w = pair(tl.reshape(words, (R, U, 4, 8, 4, 2, 2)))  # R U s q t r o h
         w = tl.permute(w, (0, 6, 3, 1, 2, 5, 4, 7))
     return tl.reshape(w, (16 * R, 64 * U))
+
+
+@triton.jit
+def expand(words, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
+    """[R tiles, U units of words] int32 -> bf16 codes [16 R outputs, 64 U inputs]."""
+    return arrange(words, words, BITS, R, U, False)
+
+
+@triton.jit
+def expand_scaled(words, scale, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
+    """As `expand`, times fp16 scales [R, 16] of one group."""
+    return arrange(words, scale.to(tl.float32), BITS, R, U, True)
 
 
 @triton.jit
@@ -135,12 +84,15 @@ def multiply(
     GROUP: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """W X^T of some tiles and rows: [BN, BM] fp32.
 
     A group of inputs with one scale is summed on the tensor cores over exact codes, and only the
-    sum is scaled: the same arithmetic as in decode, and no weight is rounded. The order of the sum
-    is that of the inputs, whatever rows are beside it.
+    sum is scaled: the same arithmetic as in decode, and no weight is rounded. With FOLD the scales
+    go into the weights, which rounds each of them to bf16 once. It saves a second set of sums, and
+    the tensor cores need not be waited for in every step. The order of the sum is that of the
+    inputs, whatever rows are beside it.
 
     Args:
         codes: int32, codes of the first tile; `scales` is fp16, its scales.
@@ -166,8 +118,12 @@ def multiply(
             words = tl.load(code_ptrs)
             scale = tl.load(scale_ptrs)
             rows = tl.load(x_ptrs, mask=row_mask[:, None], other=0.0)
-            part = dot(expand(words, BITS, BN // 16, units), tl.trans(rows))
-            total += part * tl.reshape(scale, (BN,)).to(tl.float32)[:, None]
+            if FOLD:
+                w = expand_scaled(words, scale, BITS, BN // 16, units)
+                total = dot_add(w, tl.trans(rows), total)
+            else:
+                part = dot(expand(words, BITS, BN // 16, units), tl.trans(rows))
+                total += part * tl.reshape(scale, (BN,)).to(tl.float32)[:, None]
             code_ptrs += step
             scale_ptrs += 16
             x_ptrs += GROUP
