@@ -612,11 +612,18 @@ class Bench:
 
         appends = [{"BT": 8, "num_warps": 4}, {"BT": 4, "num_warps": 4}, {"BT": 16, "num_warps": 8}]
         attends = [
-            {"BM": bm, "num_warps": warps, "num_stages": stages}
-            for bm, warps, stages in ((128, 8, 2), (128, 8, 1), (64, 4, 2), (64, 4, 1))
+            {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+            for bm, bn, warps, stages in (
+                (128, 64, 8, 2),
+                (128, 32, 8, 3),
+                (128, 32, 8, 4),
+                (128, 64, 8, 1),
+                (64, 64, 4, 1),
+                (64, 32, 4, 2),
+            )
         ]
         if self.quick:
-            attends = [{"BM": 32, "num_warps": 4, "num_stages": 1}]
+            attends = [{"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 1}]
         return [
             Case(
                 "attention_append",

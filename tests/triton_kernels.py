@@ -419,7 +419,7 @@ class Attention:
         out = ref.attention(queries, keys, v, 0) * q[:, :, 1].sigmoid()
         return out.reshape(length, -1), keys, v
 
-    def run(self, begin: int, end: int) -> torch.Tensor:
+    def run(self, begin: int, end: int, tokens: int = 64) -> torch.Tensor:
         proj = self.proj[begin:end].contiguous()
         rows, stride = proj.shape
         q = torch.empty(rows, self.heads, self.dim, dtype=torch.bfloat16)
@@ -441,7 +441,7 @@ class Attention:
             DIM=self.dim,
         )
         attention.attention[(self.kv_heads, blocks(rows, 16))](
-            core, q, self.kv, proj, self.pages, *place, BM=32, DIM=self.dim
+            core, q, self.kv, proj, self.pages, *place, BM=32, BN=tokens, DIM=self.dim
         )
         return ref.from_fragment_order(core)
 
@@ -456,10 +456,11 @@ def test_attention_from_the_first_token(rows: int) -> None:
     assert torch.equal(kept[1].float(), values)
 
 
+@pytest.mark.parametrize("tokens", [32, 64])
 @pytest.mark.parametrize("start", [1, 64, 100])
-def test_attention_over_earlier_tokens(start: int) -> None:
+def test_attention_over_earlier_tokens(start: int, tokens: int) -> None:
     layer = Attention(140)
-    got = torch.cat([layer.run(0, start), layer.run(start, 140)])
+    got = torch.cat([layer.run(0, start, tokens), layer.run(start, 140, tokens)])
     assert_close(got, layer.expected()[0], 2e-2)
 
 

@@ -2,8 +2,8 @@
 
 After "FlashAttention" (Dao et al., 2022): one pass over the keys, sums rescaled as the maximum
 grows. A block takes all query heads of one kv head for a few tokens, so every page is read once for
-them. Pages are visited from the first one, so a row's bits depend on its own position alone: a page
-that a row does not see adds nothing and changes nothing.
+them. Keys are visited from the first one, so a row's bits depend on its own position alone: keys
+that a row does not see add nothing and change nothing.
 """
 
 import triton
@@ -41,10 +41,11 @@ def _visit(
     at,
     position,
     last,
+    BN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds one page of keys and values [PAGE, DIM] at `at`."""
-    token = at + tl.arange(0, PAGE)
+    """Adds the keys and values [BN, DIM] of the tokens from `at` on."""
+    token = at + tl.arange(0, BN)
     if MASKED:
         # What lies behind the last token may be NaN, and 0 * NaN would count.
         there = (token <= last)[:, None]
@@ -78,6 +79,7 @@ def attention(
     heads,
     kv_heads,
     BM: tl.constexpr,
+    BN: tl.constexpr,
     DIM: tl.constexpr,
 ):
     """Core = softmax(q k^T) v * sigmoid(gate) in fragment order.
@@ -108,22 +110,27 @@ def attention(
 
     position = start + row
     last = start + tl.minimum(first + tokens, rows) - 1
-    keys = kv + kv_head * (PAGE * DIM) + tl.arange(0, PAGE)[:, None] * DIM + dim[None, :]
+    keys = kv + kv_head * (PAGE * DIM) + tl.arange(0, BN)[:, None] * DIM + dim[None, :]
     to_values = kv_heads * (PAGE * DIM)
     out = tl.zeros((BM, DIM), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    # Pages that every token of the block sees whole, then those that some see in part.
-    whole = (start + first + 1) // PAGE
-    for page in range(whole):
-        k = keys + tl.load(pages + page).to(tl.int64) * page_stride
+    # Tokens that every row of the block sees, BN at a time, then those that some rows see.
+    whole = (start + first + 1) // BN
+    final = last // BN
+    # The page of a step is known one step ahead; a page holds 64.
+    number = tl.load(pages)
+    for step in range(whole):
+        k = keys + number.to(tl.int64) * page_stride + step * BN % 64 * DIM
+        number = tl.load(pages + tl.minimum(step + 1, final) * BN // PAGE)
         out, top, total = _visit(
-            queries, out, top, total, k, k + to_values, page * PAGE, position, last, MASKED=False
+            queries, out, top, total, k, k + to_values, step * BN, position, last, BN, MASKED=False
         )
-    for page in range(whole, last // PAGE + 1):
-        k = keys + tl.load(pages + page).to(tl.int64) * page_stride
+    for step in range(whole, final + 1):
+        k = keys + number.to(tl.int64) * page_stride + step * BN % 64 * DIM
+        number = tl.load(pages + tl.minimum(step + 1, final) * BN // PAGE)
         out, top, total = _visit(
-            queries, out, top, total, k, k + to_values, page * PAGE, position, last, MASKED=True
+            queries, out, top, total, k, k + to_values, step * BN, position, last, BN, MASKED=True
         )
 
     gate_column = column + (head[:, None] + 1) * DIM

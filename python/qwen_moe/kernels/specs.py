@@ -170,7 +170,7 @@ def _attention() -> list[Spec]:
             "attention",
             attention.attention,
             attention.TYPES,
-            {"BM": 128, "DIM": 256},
+            {"BM": 128, "BN": 64, "DIM": 256},
             warps=8,
             stages=2,
         ),
