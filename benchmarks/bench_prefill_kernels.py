@@ -152,8 +152,8 @@ def ceilings() -> dict[str, float]:
     b = torch.empty_like(a)
     c = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     to = torch.empty_like(c)
-    tflops = 2 * 8192**3 / microseconds(lambda: torch.mm(a, a, out=b), "cuda") / 1e6  # type: ignore[func-returns-value,arg-type]
-    gbs = 2 * c.numel() / microseconds(lambda: to.copy_(c), "cuda") / 1e3  # type: ignore[func-returns-value,arg-type]
+    tflops = 2 * 8192**3 / microseconds(lambda: torch.mm(a, a, out=b), "cuda") / 1e6
+    gbs = 2 * c.numel() / microseconds(lambda: to.copy_(c), "cuda") / 1e3
     return {"library bf16 TFLOP/s": round(tflops, 1), "copy GB/s": round(gbs)}
 
 

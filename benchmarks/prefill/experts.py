@@ -162,27 +162,21 @@ class Experts(Inputs):
             Case(
                 "top_experts",
                 s.layers,
-                [
-                    Variant(f"num_warps={n}", lambda n=n: top({"num_warps": n}))  # type: ignore[misc]
-                    for n in (4, 8)
-                ],
+                [Variant(f"num_warps={n}", lambda n=n: top({"num_warps": n})) for n in (4, 8)],
                 check_top,
                 bytes=4.0 * t * s.experts,
             ),
             Case(
                 "plan_experts",
                 s.layers,
-                [
-                    Variant(f"num_warps={n}", lambda n=n: plan(wanted, n))  # type: ignore[misc]
-                    for n in (8, 4)
-                ],
+                [Variant(f"num_warps={n}", lambda n=n: plan(wanted, n)) for n in (8, 4)],
                 lambda: 0.0,
             ),
             Case("sort_picks", s.layers, [Variant("", sort)], check_sort),
             Case(
                 "experts gate_up int4",
                 s.layers,
-                [Variant(label(c), lambda c=c: first(c)) for c in configs],  # type: ignore[misc]
+                [Variant(label(c), lambda c=c: first(c)) for c in configs],
                 check_act,
                 flops=4.0 * picks * s.hidden * s.inner,
                 bytes=gate_up.data.numel() / s.experts * weight_bytes
@@ -191,7 +185,7 @@ class Experts(Inputs):
             Case(
                 "experts down int4",
                 s.layers,
-                [Variant(label(c), lambda c=c: second(c)) for c in configs],  # type: ignore[misc]
+                [Variant(label(c), lambda c=c: second(c)) for c in configs],
                 check_down,
                 flops=2.0 * picks * s.hidden * s.inner,
                 bytes=down.data.numel() / s.experts * weight_bytes
@@ -200,10 +194,7 @@ class Experts(Inputs):
             Case(
                 "combine_experts",
                 s.layers,
-                [
-                    Variant(f"BLOCK={n}", lambda n=n: combine(n))  # type: ignore[misc]
-                    for n in (1024, 512, 2048)
-                ],
+                [Variant(f"BLOCK={n}", lambda n=n: combine(n)) for n in (1024, 512, 2048)],
                 check_combine,
                 bytes=2.0 * picks * s.hidden + 8.0 * t * s.hidden,
             ),

@@ -48,7 +48,7 @@ class Mixers(Inputs):
         return Case(
             "conv_silu_norm",
             s.delta_layers,
-            [Variant(label(c), lambda c=c: run(c)) for c in configs],  # type: ignore[misc]
+            [Variant(label(c), lambda c=c: run(c)) for c in configs],
             lambda: relative(
                 out,
                 ref.conv_silu_norm(
@@ -189,7 +189,7 @@ class Mixers(Inputs):
             Case(
                 "delta_prepare",
                 s.delta_layers,
-                [Variant(label(c), lambda c=c: prepare(c)) for c in prepares],  # type: ignore[misc]
+                [Variant(label(c), lambda c=c: prepare(c)) for c in prepares],
                 lambda: 0.0,
                 flops=tile * (3 * 64 * dim + 4 * 64 * 64),
                 bytes=2.0 * t * (s.channels + 2 * s.value_dim),
@@ -197,7 +197,7 @@ class Mixers(Inputs):
             Case(
                 "delta_scan",
                 s.delta_layers,
-                [Variant(label(c), lambda c=c: scan(c)) for c in scans],  # type: ignore[misc]
+                [Variant(label(c), lambda c=c: scan(c)) for c in scans],
                 check_state,
                 flops=tile * 3 * dim * dim,
                 bytes=2.0 * chunks * heads * (dim * dim + 4 * 64 * dim),
@@ -205,7 +205,7 @@ class Mixers(Inputs):
             Case(
                 "delta_output",
                 s.delta_layers,
-                [Variant(label(c), lambda c=c: output(c)) for c in outputs],  # type: ignore[misc]
+                [Variant(label(c), lambda c=c: output(c)) for c in outputs],
                 lambda: relative(whole("tf32")[0], expected()[0]),
                 flops=tile * (dim * dim + 2 * 64 * dim),
                 bytes=2.0 * chunks * heads * (dim * dim + 5 * 64 * dim),
@@ -281,14 +281,14 @@ class Mixers(Inputs):
             Case(
                 "attention_append",
                 s.attention_layers,
-                [Variant(label(c), lambda c=c: append(c)) for c in appends],  # type: ignore[misc]
+                [Variant(label(c), lambda c=c: append(c)) for c in appends],
                 lambda: relative(q, expected()[0]),
                 bytes=2.0 * t * (2 * s.heads + 4 * s.kv_heads) * dim,
             ),
             Case(
                 "attention",
                 s.attention_layers,
-                [Variant(label(c), lambda c=c: attend(c)) for c in attends],  # type: ignore[misc]
+                [Variant(label(c), lambda c=c: attend(c)) for c in attends],
                 check,
                 flops=2.0 * t * t * s.heads * dim,
             ),

@@ -109,10 +109,7 @@ class Projections(Inputs):
         return Case(
             name,
             count,
-            [
-                Variant(label(config), lambda config=config: run(out, config))  # type: ignore[misc]
-                for config in configs
-            ],
+            [Variant(label(config), lambda config=config: run(out, config)) for config in configs],
             check,
             flops=2.0 * t * n * k,
             bytes=w.data.numel() + 2.0 * t * k + (8 if residual else out.element_size()) * t * n,
@@ -148,10 +145,7 @@ class Projections(Inputs):
         return Case(
             "shared gate_up int8",
             s.layers,
-            [
-                Variant(label(c), lambda c=c: run(c))  # type: ignore[misc]
-                for c in self.tiles(GEMM)
-            ],
+            [Variant(label(c), lambda c=c: run(c)) for c in self.tiles(GEMM)],
             check,
             flops=4.0 * t * n * k,
             bytes=w.data.numel() + 2.0 * t * (k + n),
