@@ -89,6 +89,16 @@ tests=()
 $have_tests && mapfile -t tests < <(programs tests/cuda 'test_*.cu')
 step "build tests and benchmarks" cmake --build "$build/cpp" --target "${tests[@]}" "${benches[@]}"
 
+# What the prefill tests launch; without Triton they skip.
+export QWEN_MOE_KERNEL_IMAGES=$build/kernel_images
+compile_kernels() {
+  python3 -c 'import triton' || return 77
+  python3 python/qwen_moe/kernels/standalone.py --arch "${architecture%a}" --jobs "$jobs" \
+    --out "$QWEN_MOE_KERNEL_IMAGES"
+}
+step "compile prefill kernels" compile_kernels
+[[ -e $QWEN_MOE_KERNEL_IMAGES/manifest.json ]] || unset QWEN_MOE_KERNEL_IMAGES
+
 for name in ${tests[@]+"${tests[@]}"}; do
   step "$name" "$build/cpp/$name" --gtest_brief=1
 done
@@ -123,6 +133,8 @@ date=$(date -u +%F)
 for name in ${benches[@]+"${benches[@]}"}; do
   step "$name" "$build/cpp/$name"
 done
+step "prefill kernels" python3 benchmarks/bench_prefill_kernels.py \
+  --json "benchmarks/results/$label-prefill-$date.json"
 step "qwen-moe bench" python3 -m qwen_moe bench --device cuda \
   --json "benchmarks/results/$label-$date.json" "$@"
 

@@ -1,0 +1,278 @@
+#include "cuda/prefill.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace qwen_moe::cuda {
+namespace {
+
+constexpr int kChunk = kPageTokens;
+constexpr int kLeastPart = 16;  // tokens that a block of the router takes, at least
+
+unsigned blocks_of(int64_t count, int size) {
+  return static_cast<unsigned>((count + size - 1) / size);
+}
+
+const std::byte* codes_of(const WeightView& w) { return w.data + w.spec.scale_bytes(); }
+int tile_words(const WeightView& w) { return static_cast<int>(w.spec.tile_bytes() / 4); }
+
+std::string format_of(const WeightSpec& spec) {
+  require(!spec.has_zero, "the prefill kernels take int4 without zero points");
+  if (spec.format == WeightFormat::bf16) return "bf16";
+  require(is_quantized(spec.format) && (spec.group == 64 || spec.group == 128),
+          "the prefill kernels take bf16, or int8 and int4 with groups of 64 or 128, got ",
+          format_name(spec.format), " with groups of ", spec.group);
+  return concat(format_name(spec.format), "_g", spec.group);
+}
+
+}  // namespace
+
+PrefillOps::PrefillOps(const ModelConfig& config, const DeviceProperties& device, Images& images,
+                       CudaOps& decode, int max_rows)
+    : c_(config), device_(device), images_(images), decode_(decode), max_rows_(max_rows) {
+  require(c_.hidden_size <= 8192, "the prefill kernels take a hidden_size up to 8192, got ",
+          c_.hidden_size);
+  require(c_.num_experts <= 512 && c_.num_experts_per_tok <= 16,
+          "the prefill kernels take up to 512 experts and 16 per token; this model has ",
+          c_.num_experts, " and ", c_.num_experts_per_tok);
+  require(c_.rotary_dim() % 32 == 0, "head_dim * partial_rotary_factor must be a multiple of 32 ",
+          "for the prefill kernels, got ", c_.rotary_dim());
+  proj_stride_ = std::max(c_.conv_dim() + c_.value_dim(), 2 * (c_.attention_dim() + c_.kv_dim()));
+  scratch_ = DeviceBuffer<std::byte>(lay_out(nullptr));
+  lay_out(scratch_.data());
+
+  // As decode computes them, so that keys of both have the same angles.
+  const int rotary = c_.rotary_dim();
+  std::vector<float> frequency(static_cast<size_t>(rotary / 2));
+  for (int i = 0; i < rotary / 2; ++i) {
+    float exponent = static_cast<float>(2 * i) / static_cast<float>(rotary);
+    frequency[static_cast<size_t>(i)] =
+        1.0f / std::pow(static_cast<float>(c_.rope_theta), exponent);
+  }
+  inverse_frequency_ = DeviceBuffer<float>(frequency.size());
+  QWEN_MOE_CUDA(cudaMemcpy(inverse_frequency_.data(), frequency.data(), inverse_frequency_.bytes(),
+                           cudaMemcpyHostToDevice));
+  QWEN_MOE_CUDA(cudaStreamSynchronize(nullptr));
+}
+
+size_t PrefillOps::lay_out(std::byte* base) {
+  size_t used = 0;
+  const auto rows = static_cast<size_t>(max_rows_);
+  auto take = [&]<class T>(T*& to, size_t each, size_t count) {
+    to = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += (each * count * sizeof(T) + 255) / 256 * 256;
+  };
+  auto size = [](int n) { return static_cast<size_t>(n); };
+  const size_t chunks = rows / kChunk + 2;  // the first and the last may be cut
+  const size_t heads = size(c_.linear_num_value_heads), dim = size(c_.linear_value_head_dim);
+  const size_t picks = rows * size(c_.num_experts_per_tok), experts = size(c_.num_experts);
+  take(normed_, size(c_.hidden_size), rows);
+  take(proj_, size(proj_stride_), rows);
+  take(core_, size(std::max(c_.value_dim(), c_.attention_dim())), rows);
+  take(shared_, size(c_.shared_expert_intermediate_size), rows);
+  take(shared_scale_, 1, rows);
+  take(gates_, 2 * heads, rows);
+  take(qkv_, size(c_.conv_dim()), rows);
+  take(delta_w_, heads * kChunk * dim, chunks);
+  take(delta_u_, heads * kChunk * dim, chunks);
+  take(delta_sums_, heads * kChunk, chunks);
+  take(delta_states_, heads * dim * dim, chunks);
+  take(query_, size(c_.attention_dim()), rows);
+  take(router_, experts, rows);
+  take(pick_weight_, 1, picks);
+  take(ids_, 1, picks);
+  take(ranks_, 1, picks);
+  take(order_, 1, picks);
+  take(counts_, experts, rows / kLeastPart + 1);
+  take(places_, experts, rows / kLeastPart + 1);
+  take(work_, 3, picks / 16 + experts + 1);
+  take(expert_act_, size(c_.moe_intermediate_size), picks);
+  take(expert_part_, size(c_.hidden_size), picks);
+  return used;
+}
+
+void PrefillOps::begin(cudaStream_t stream, const PrefillRows& rows) {
+  require<Error>(rows.rows >= 1 && rows.rows <= max_rows_, "a prefill step takes 1 to ", max_rows_,
+                 " rows, got ", rows.rows);
+  stream_ = stream;
+  rows_ = rows;
+}
+
+// The order of a sum does not depend on the tile, so the tile may depend on the number of rows:
+// the largest one that still gives every multiprocessor a block.
+std::string PrefillOps::tile_of(const std::string& name, int outputs, unsigned& blocks) const {
+  std::string chosen;
+  for (int rows : {128, 64, 16}) {
+    if (rows > 16 && rows_.rows <= 16) continue;
+    chosen = concat(name, "_m", rows);
+    blocks = blocks_of(outputs, constant(chosen, "BN")) * blocks_of(rows_.rows, rows);
+    if (rows == 64 || blocks >= static_cast<unsigned>(device_.sms)) break;
+  }
+  return chosen;
+}
+
+int PrefillOps::expert_rows() const {
+  const int mean = rows_.rows * c_.num_experts_per_tok / c_.num_experts;
+  return mean <= 24 ? 16 : mean <= 96 ? 64 : 128;
+}
+
+int PrefillOps::most_work() const {
+  const int picks = rows_.rows * c_.num_experts_per_tok;
+  return std::min(picks, picks / expert_rows() + c_.num_experts);
+}
+
+// Those kernels take whole blocks of outputs.
+void PrefillOps::check_whole(int outputs, const std::string& name) const {
+  const int block = constant(name, "BN");
+  require(outputs % block == 0, "prefill kernel ", name, " takes a multiple of ", block,
+          " outputs, got ", outputs);
+}
+
+void PrefillOps::rms_norm(const float* hidden, const float* weight) {
+  const int block = c_.hidden_size <= 2048 ? 2048 : c_.hidden_size <= 4096 ? 4096 : 8192;
+  launch(concat("rms_norm_", block), dim3(static_cast<unsigned>(rows_.rows)),
+         {normed_, hidden, weight, c_.hidden_size, static_cast<float>(c_.rms_norm_eps)});
+}
+
+void PrefillOps::project(const char* kind, void* out, int out_stride, int out_offset,
+                         const bf16* input, const WeightView& weight, const float* row_gate) {
+  const WeightSpec& spec = weight.spec;
+  unsigned blocks = 0;
+  const std::string name = tile_of(concat(kind, "_", format_of(spec)), spec.n, blocks);
+  launch(name, dim3(blocks),
+         {out, input, codes_of(weight), weight.data, row_gate, rows_.rows, spec.n, spec.k,
+          tile_words(weight), out_stride, out_offset});
+}
+
+void PrefillOps::project_narrow(float* out, int out_stride, int out_offset,
+                                const WeightView& weight) {
+  const WeightSpec& spec = weight.spec;
+  require(spec.format == WeightFormat::bf16, "the router and the gates must be bf16, got ",
+          format_name(spec.format));
+  const float* no_gate = nullptr;
+  const char* name = "project_narrow_bf16";
+  launch(
+      name,
+      dim3(blocks_of(spec.n, constant(name, "BN")) * blocks_of(rows_.rows, constant(name, "BM"))),
+      {out, normed_, codes_of(weight), weight.data, no_gate, rows_.rows, spec.n, spec.k,
+       tile_words(weight), out_stride, out_offset});
+}
+
+void PrefillOps::norm_in_proj(const NormInProjArgs<float>& args) {
+  const LayerWeights& w = args.layer;
+  rms_norm(args.hidden, w.input_layernorm);
+  if (w.type == LayerType::linear_attention) {
+    const int heads = c_.linear_num_value_heads;
+    project("project", proj_, proj_stride_, 0, normed_, w.in_proj_qkv);
+    project("project", proj_, proj_stride_, c_.conv_dim(), normed_, w.in_proj_z);
+    project_narrow(gates_, 2 * heads, 0, w.in_proj_b);
+    project_narrow(gates_, 2 * heads, heads, w.in_proj_a);
+  } else {
+    const int queries = 2 * c_.attention_dim();
+    project("project", proj_, proj_stride_, 0, normed_, w.q_proj);
+    project("project", proj_, proj_stride_, queries, normed_, w.k_proj);
+    project("project", proj_, proj_stride_, queries + c_.kv_dim(), normed_, w.v_proj);
+  }
+}
+
+void PrefillOps::gated_delta_prefill(const GatedDeltaArgs<float, bf16>& args) {
+  const LayerWeights& w = args.layer;
+  const int rows = rows_.rows, channels = c_.conv_dim(), dim = c_.linear_key_head_dim;
+  const int heads = c_.linear_num_value_heads, key_heads = c_.linear_num_key_heads;
+  const int offset = rows_.position % kChunk;
+  const unsigned chunks = blocks_of(offset + rows, kChunk), every = static_cast<unsigned>(heads);
+  float* window = args.conv_state.at(rows_.slot);
+  launch("conv_silu_norm",
+         dim3(blocks_of(channels, dim), blocks_of(rows, constant("conv_silu_norm", "BT"))),
+         {qkv_, proj_, window, w.conv1d, rows, proj_stride_, channels, key_heads,
+          1.0f / std::sqrt(static_cast<float>(dim))});
+  launch("conv_window", dim3(blocks_of(channels, constant("conv_window", "BLOCK"))),
+         {window, proj_, rows, proj_stride_, channels});
+  launch("delta_prepare", dim3(every, chunks),
+         {delta_w_, delta_u_, delta_sums_, qkv_, gates_, w.decay_rate, w.dt_bias, rows, offset,
+          channels, 2 * heads, key_heads, heads});
+  launch("delta_scan", dim3(blocks_of(dim, constant("delta_scan", "BV")), every),
+         {args.recurrent_state.at(rows_.slot), delta_states_, delta_u_, delta_w_, delta_sums_, qkv_,
+          rows, offset, channels, key_heads, heads});
+  launch("delta_output", dim3(every, chunks),
+         {core_, delta_states_, delta_u_, delta_sums_, qkv_, proj_ + channels, w.norm, rows, offset,
+          channels, proj_stride_, key_heads, heads, static_cast<float>(c_.rms_norm_eps)});
+}
+
+void PrefillOps::attention_prefill(const AttentionArgs<float, bf16>& args) {
+  require(args.kv.dtype == DType::bf16, "the prefill kernels keep KV in bfloat16, got ",
+          dtype_name(args.kv.dtype));
+  const int rows = rows_.rows, heads = c_.num_attention_heads, kv_heads = c_.num_key_value_heads;
+  const int64_t page_stride = args.kv.page_stride / static_cast<int64_t>(sizeof(bf16));
+  launch("attention_append",
+         dim3(static_cast<unsigned>(heads + 2 * kv_heads),
+              blocks_of(rows, constant("attention_append", "BT"))),
+         {query_, args.kv.data, proj_, args.layer.q_norm, args.layer.k_norm,
+          inverse_frequency_.data(), args.rows.pages, rows, rows_.position, proj_stride_,
+          page_stride, heads, kv_heads, c_.rotary_dim() / 2, static_cast<float>(c_.rms_norm_eps),
+          1.0f / std::sqrt(static_cast<float>(c_.head_dim))});
+  const int tokens = constant("attention", "BM") / (heads / kv_heads);
+  launch("attention", dim3(static_cast<unsigned>(kv_heads), blocks_of(rows, tokens)),
+         {core_, query_, args.kv.data, proj_, args.rows.pages, rows, rows_.position, proj_stride_,
+          page_stride, heads, kv_heads});
+}
+
+void PrefillOps::out_proj_residual(const OutProjArgs<float, bf16>& args) {
+  project("project_residual", args.hidden, args.weight.spec.n, 0, core_, args.weight);
+}
+
+void PrefillOps::norm_router_shared(const NormRouterSharedArgs<float, bf16>& args) {
+  const LayerWeights& w = args.layer;
+  rms_norm(args.hidden, w.post_attention_layernorm);
+  project_narrow(router_, c_.num_experts, 0, w.gate);
+  project_narrow(shared_scale_, 1, 0, w.shared_expert_gate);
+
+  const WeightSpec& spec = w.shared_gate.spec;
+  require<Error>(spec == w.shared_up.spec, "shared_gate and shared_up are not of one kind");
+  const int64_t up_words = (w.shared_up.data - w.shared_gate.data) / 4;
+  unsigned blocks = 0;
+  const std::string name = tile_of(concat("project_pair_", format_of(spec)), spec.n, blocks);
+  check_whole(spec.n, name);
+  launch(name, dim3(blocks),
+         {shared_, normed_, codes_of(w.shared_gate), w.shared_gate.data, rows_.rows, spec.n, spec.k,
+          tile_words(w.shared_gate), up_words});
+}
+
+void PrefillOps::routed_gate_up(const RoutedGateUpArgs<float, bf16>& args) {
+  const int rows = rows_.rows, experts = c_.num_experts, top_k = c_.num_experts_per_tok;
+  const int width = experts <= 64 ? 64 : experts <= 256 ? 256 : 512, tile = expert_rows();
+  const std::string top = concat("top_experts_", width, "_", top_k <= 8 ? 8 : 16);
+  const int part = constant(top, "BT");
+  const unsigned parts = blocks_of(rows, part);
+  launch(top, dim3(parts), {ids_, pick_weight_, ranks_, counts_, router_, rows, experts, top_k});
+  launch(concat("plan_experts_", width), dim3(1),
+         {places_, work_, counts_, static_cast<int>(parts), experts, tile});
+  launch("sort_picks", dim3(blocks_of(rows * top_k, constant("sort_picks", "BLOCK"))),
+         {order_, ids_, ranks_, places_, rows * top_k, experts, part * top_k});
+  const WeightView& w = args.layer.experts_gate_up;
+  const int inner = w.spec.n / 2;
+  const std::string name = concat("expert_gate_up_", format_of(w.spec), "_m", tile);
+  check_whole(inner, name);
+  launch(name, dim3(blocks_of(inner, constant(name, "BN")) * static_cast<unsigned>(most_work())),
+         {expert_act_, normed_, codes_of(w), w.data, order_, work_, inner, w.spec.k, tile_words(w),
+          top_k});
+}
+
+// The sum over ranks goes to the residual stream first, the shared expert behind it.
+void PrefillOps::down_combine_residual(const DownCombineArgs<float, bf16>& args) {
+  const WeightView& w = args.layer.experts_down;
+  const std::string name = concat("expert_down_", format_of(w.spec), "_m", expert_rows());
+  check_whole(w.spec.n, name);
+  launch(name, dim3(blocks_of(w.spec.n, constant(name, "BN")) * static_cast<unsigned>(most_work())),
+         {expert_part_, expert_act_, codes_of(w), w.data, order_, work_, w.spec.n, w.spec.k,
+          tile_words(w)});
+  launch("combine_experts",
+         dim3(blocks_of(c_.hidden_size, constant("combine_experts", "BLOCK")),
+              static_cast<unsigned>(rows_.rows)),
+         {args.hidden, expert_part_, pick_weight_, c_.hidden_size, c_.num_experts_per_tok});
+  project("project_gated", args.hidden, c_.hidden_size, 0, shared_, args.layer.shared_down,
+          shared_scale_);
+}
+
+}  // namespace qwen_moe::cuda

@@ -1,0 +1,197 @@
+"""Projections of many rows: weight tiles times bf16 rows in fragment order."""
+
+import triton
+import triton.language as tl
+
+from .tiles import expand, fragment_order, multiply
+
+TYPES = {
+    "out": "*bf16",
+    "x": "*bf16",
+    "codes": "*i32",
+    "scales": "*fp16",
+    "row_gate": "*fp32",
+    "rows": "i32",
+    "n": "i32/16",
+    "k": "i32/16",
+    "tile_words": "i32/16",
+    "out_stride": "i32/16",
+    "out_offset": "i32/16",
+}
+
+# Of a matrix with few outputs, any number of them.
+NARROW_TYPES = {**TYPES, "out": "*fp32/4", "n": "i32", "out_stride": "i32", "out_offset": "i32"}
+
+PAIR_TYPES = {
+    "out": "*bf16",
+    "x": "*bf16",
+    "codes": "*i32",
+    "scales": "*fp16",
+    "rows": "i32",
+    "n": "i32/16",
+    "k": "i32/16",
+    "tile_words": "i32/16",
+    "up_words": "i64/16",
+}
+
+UNPACK_TYPES = {
+    "out": "*bf16",
+    "codes": "*i32",
+    "scales": "*fp16",
+    "n": "i32/16",
+    "k": "i32/16",
+    "tile_words": "i32/16",
+}
+
+
+@triton.jit
+def project(
+    out,
+    x,
+    codes,
+    scales,
+    row_gate,
+    rows,
+    n,
+    k,
+    tile_words,
+    out_stride,
+    out_offset,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    FOLD: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """out[:, offset + ...] = x W^T, or with RESIDUAL out += x W^T, GATED by sigmoid(row_gate).
+
+    Grid (blocks of BN outputs * blocks of BM rows), outputs fastest, so that the rows of a block
+    are read from the L2 by its neighbours.
+
+    Args:
+        out: [rows, out_stride], any float type; fp32 [rows, n] residual stream with RESIDUAL.
+        x: bf16 [rows, k] in fragment order.
+        codes: Tiles of 16 outputs, `tile_words` apart; the first begins at `scales`.
+        row_gate: fp32 [rows]; read with GATED only.
+    """
+    blocks = tl.cdiv(n, BN)
+    block = tl.program_id(0)
+    first = block % blocks * BN
+    row = block // blocks * BM + tl.arange(0, BM)
+    inside = row < rows
+    tile = tl.minimum(first // 16 + tl.arange(0, BN // 16), (n - 1) // 16)
+    total = multiply(
+        codes,
+        scales,
+        tile.to(tl.int64) * tile_words,
+        x,
+        row.to(tl.int64) * k,
+        inside,
+        k,
+        BITS,
+        GROUP,
+        BN,
+        BM,
+        FOLD,
+    )
+    total = tl.trans(total)
+    column = first + tl.arange(0, BN)
+    to = out + (row.to(tl.int64) * out_stride + out_offset)[:, None] + column[None, :]
+    mask = inside[:, None] & (column < n)[None, :]
+    if RESIDUAL:
+        if GATED:
+            total *= tl.sigmoid(tl.load(row_gate + row, mask=inside, other=0.0))[:, None]
+        total += tl.load(to, mask=mask, other=0.0)
+    tl.store(to, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def project_pair(
+    out,
+    x,
+    codes,
+    scales,
+    rows,
+    n,
+    k,
+    tile_words,
+    up_words,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """out = silu(x G^T) * (x U^T) in fragment order: the gate and up of the shared expert.
+
+    Grid (blocks of BN outputs * blocks of BM rows). G and U are of one shape; U lies `up_words`
+    words behind G. A product of 2 BN outputs takes both.
+
+    Args:
+        out: bf16 [rows, n], n a multiple of BN.
+        x: bf16 [rows, k] in fragment order.
+    """
+    blocks = n // BN
+    block = tl.program_id(0)
+    first = block % blocks * BN
+    row = block // blocks * BM + tl.arange(0, BM)
+    inside = row < rows
+    half: tl.constexpr = BN // 16
+    index = tl.arange(0, 2 * half)
+    tile = (first // 16 + index % half).to(tl.int64) * tile_words + index // half * up_words
+    total = multiply(
+        codes,
+        scales,
+        tile,
+        x,
+        row.to(tl.int64) * k,
+        inside,
+        k,
+        BITS,
+        GROUP,
+        2 * BN,
+        BM,
+        FOLD,
+    )
+    value = silu_times(total, BN, BM)
+    column = first + tl.arange(0, BN)
+    to = out + (row.to(tl.int64) * n)[:, None] + column[None, :]
+    tl.store(to, value, mask=inside[:, None])
+
+
+@triton.jit
+def silu_times(total, BN: tl.constexpr, BM: tl.constexpr):
+    """[2 BN outputs, BM rows], gates first -> bf16 [BM, BN] silu(gate) * up in fragment order."""
+    gate, up = tl.split(tl.permute(tl.reshape(total, (2, BN, BM)), (2, 1, 0)))
+    value = gate * tl.sigmoid(gate) * up
+    return fragment_order(value.to(tl.bfloat16), BM, BN)
+
+
+@triton.jit
+def unpack(
+    out, codes, scales, n, k, tile_words, BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr
+):
+    """out = W as bf16 rows in fragment order, for a library's matrix product.
+
+    Grid (blocks of BN outputs, k / GROUP). Each weight is rounded to bf16 once.
+
+    Args:
+        out: bf16 [n, k].
+    """
+    first = tl.program_id(0) * BN
+    group = tl.program_id(1)
+    step: tl.constexpr = GROUP // 2 * BITS
+    tile = tl.minimum(first // 16 + tl.arange(0, BN // 16), (n - 1) // 16)
+    offset = (tile.to(tl.int64) * tile_words)[:, None]
+    words = tl.load(codes + offset + group * step + tl.arange(0, step)[None, :])
+    value = expand(words, BITS, BN // 16, GROUP // 64)
+    if BITS < 16:
+        scale = tl.load(scales + offset * 2 + group * 16 + tl.arange(0, 16)[None, :])
+        scale = tl.reshape(scale, (BN,)).to(tl.float32)
+        value = (value.to(tl.float32) * scale[:, None]).to(tl.bfloat16)
+    row = first + tl.arange(0, BN)
+    column = group * GROUP + tl.arange(0, GROUP)
+    to = out + (row.to(tl.int64) * k)[:, None] + column[None, :]
+    tl.store(to, value, mask=(row < n)[:, None])

@@ -1,0 +1,235 @@
+"""The table of kernels that are compiled ahead of time.
+
+Sizes of the model are arguments, so one table serves every model. What is fixed at compile time
+is a weight format, a tile of work, and promises about alignment.
+
+A type is `*element` for a pointer (16-byte aligned unless `/bytes` follows) or `i32`, `i64`, `fp32`
+for a number; `/16` behind a number promises a multiple of 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import (
+    attention,
+    attention_append,
+    conv,
+    delta_output,
+    delta_prepare,
+    delta_scan,
+    dense,
+    moe,
+    norm,
+    route,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One image.
+
+    Attributes:
+        name: Unique; what the core asks for.
+        kernel: The Triton function.
+        types: Of every argument at run time, in order.
+        constants: Its compile-time arguments.
+        warps: Of a block.
+        stages: Of the software pipeline.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 3
+
+
+# Weight formats by bits; a group of inputs has one scale, and is one step of a product.
+FORMATS = ((4, 128), (4, 64), (8, 128), (8, 64), (16, 64))
+
+
+def format_name(bits: int, group: int) -> str:
+    """int4_g128, int8_g64, bf16 ..."""
+    return "bf16" if bits == 16 else f"int{bits}_g{group}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows and outputs of a block of a product."""
+
+    rows: int
+    outputs: int
+    warps: int
+    stages: int
+
+
+# Whether weights meet the tensor cores scaled (kernels/tiles.py, `multiply`).
+FOLD = True
+
+# By the number of rows that a product has, or that an expert has on average.
+TILES = (Tile(16, 128, 4, 4), Tile(64, 128, 4, 3), Tile(128, 128, 8, 3))
+
+
+def _dense() -> list[Spec]:
+    table = []
+    for bits, group in FORMATS:
+        for tile in TILES:
+            name = f"{format_name(bits, group)}_m{tile.rows}"
+            shape = {"BITS": bits, "GROUP": group, "BM": tile.rows, "BN": tile.outputs}
+            launch = {"warps": tile.warps, "stages": tile.stages}
+            plain = {**shape, "FOLD": FOLD, "RESIDUAL": False, "GATED": False}
+            wide = {**dense.TYPES, "out": "*fp32"}
+            table += [
+                Spec(f"project_{name}", dense.project, dense.TYPES, plain, **launch),
+                Spec(
+                    f"project_residual_{name}",
+                    dense.project,
+                    wide,
+                    {**plain, "RESIDUAL": True},
+                    **launch,
+                ),
+                Spec(
+                    f"project_gated_{name}",
+                    dense.project,
+                    wide,
+                    {**plain, "RESIDUAL": True, "GATED": True},
+                    **launch,
+                ),
+                Spec(
+                    f"project_pair_{name}",
+                    dense.project_pair,
+                    dense.PAIR_TYPES,
+                    {**shape, "BN": tile.outputs // 2, "FOLD": FOLD},
+                    **launch,
+                ),
+            ]
+        if bits == 16:
+            shape = {"BITS": 16, "GROUP": 64, "BM": 64, "BN": 64, "FOLD": False}
+            shape |= {"RESIDUAL": False, "GATED": False}
+            table.append(Spec("project_narrow_bf16", dense.project, dense.NARROW_TYPES, shape))
+        table.append(
+            Spec(
+                f"unpack_{format_name(bits, group)}",
+                dense.unpack,
+                dense.UNPACK_TYPES,
+                {"BITS": bits, "GROUP": group, "BN": 128},
+            )
+        )
+    return table
+
+
+def _rows() -> list[Spec]:
+    return [
+        Spec(f"rms_norm_{block}", norm.rms_norm, norm.TYPES, {"BLOCK": block})
+        for block in (2048, 4096, 8192)
+    ]
+
+
+def _gated_delta() -> list[Spec]:
+    return [
+        Spec("conv_silu_norm", conv.conv_silu_norm, conv.TYPES, {"BT": 32, "DIM": 128}),
+        Spec("conv_window", conv.conv_window, conv.WINDOW_TYPES, {"BLOCK": 256}),
+        Spec(
+            "delta_prepare",
+            delta_prepare.delta_prepare,
+            delta_prepare.TYPES,
+            {"DIM": 128, "PRECISION": "tf32"},
+            stages=1,
+        ),
+        Spec(
+            "delta_scan",
+            delta_scan.delta_scan,
+            delta_scan.TYPES,
+            {"DIM": 128, "BV": 32},
+            stages=2,
+        ),
+        Spec(
+            "delta_output",
+            delta_output.delta_output,
+            delta_output.TYPES,
+            {"DIM": 128},
+            warps=8,
+            stages=1,
+        ),
+    ]
+
+
+def _attention() -> list[Spec]:
+    return [
+        Spec(
+            "attention_append",
+            attention_append.attention_append,
+            attention_append.TYPES,
+            {"BT": 8, "DIM": 256},
+        ),
+        Spec(
+            "attention",
+            attention.attention,
+            attention.TYPES,
+            {"BM": 128, "BN": 64, "DIM": 256},
+            warps=8,
+            stages=2,
+        ),
+    ]
+
+
+# What the core must know beside the table.
+ROUTE_TOKENS = 16  # of a block of top_experts
+SORT_PICKS = 256  # of a block of sort_picks
+
+
+def _routed() -> list[Spec]:
+    table = []
+    for experts in (64, 256, 512):
+        sizes = {"EXPERTS": experts}
+        for top in (8, 16):
+            table.append(
+                Spec(
+                    f"top_experts_{experts}_{top}",
+                    route.top_experts,
+                    route.TOP_TYPES,
+                    {"BT": ROUTE_TOKENS, **sizes, "TOP": top},
+                )
+            )
+        table.append(
+            Spec(
+                f"plan_experts_{experts}",
+                route.plan_experts,
+                route.PLAN_TYPES,
+                {**sizes, "BLOCKS": 32},
+                warps=8,
+            )
+        )
+    table.append(Spec("sort_picks", route.sort_picks, route.SORT_TYPES, {"BLOCK": SORT_PICKS}))
+    for bits, group in FORMATS:
+        for tile in TILES:
+            name = f"{format_name(bits, group)}_m{tile.rows}"
+            shape = {"BITS": bits, "GROUP": group, "BM": tile.rows}
+            launch = {"warps": tile.warps, "stages": tile.stages}
+            table += [
+                Spec(
+                    f"expert_gate_up_{name}",
+                    moe.expert_gate_up,
+                    moe.GATE_UP_TYPES,
+                    {**shape, "BN": tile.outputs // 2, "FOLD": FOLD},
+                    **launch,
+                ),
+                Spec(
+                    f"expert_down_{name}",
+                    moe.expert_down,
+                    moe.DOWN_TYPES,
+                    {**shape, "BN": tile.outputs, "FOLD": FOLD},
+                    **launch,
+                ),
+            ]
+    table.append(Spec("combine_experts", moe.combine_experts, moe.COMBINE_TYPES, {"BLOCK": 1024}))
+    return table
+
+
+def specs() -> list[Spec]:
+    """All of them, in the order of a layer."""
+    return [*_rows(), *_dense(), *_gated_delta(), *_attention(), *_routed()]

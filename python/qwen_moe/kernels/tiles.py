@@ -1,0 +1,130 @@
+"""Weight tiles of the device form (csrc/cuda/tile.cuh) as operands of tensor-core products.
+
+A tile holds 16 outputs, and its codes lie in the order in which an mma fragment takes them: lane
+4 q + t of a warp has the outputs q and q + 8. `expand` only renames those dimensions, so a tile
+goes from memory to the registers of the A operand with no shuffle. The price is that the inputs k
+come in *fragment order*: in every 32 inputs, place 16 s + 8 r + 2 t + h holds input
+8 t + 4 s + 2 r + h. So whatever meets a weight is written in fragment order by the kernel that
+makes it (`fragment_order`).
+"""
+
+import triton
+import triton.language as tl
+
+from .interpreted import dot, dot_add
+from .widen import pair, twice, widen_int4, widen_int8
+
+
+@triton.jit
+def over_words(scale, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
+    """[R, 8] of outputs q -> the shape of a tile's words."""
+    if BITS == 4:
+        scale = tl.broadcast_to(scale[:, None, :, None, None], (R, U, 8, 4, 4))
+    else:
+        scale = tl.broadcast_to(scale[:, None, None, :, None, None, None], (R, U, 2, 8, 4, 2, 2))
+    return scale
+
+
+@triton.jit
+def arrange(words, scale, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr, SCALED):
+    """[R, U units of words] -> [16 R, 64 U]; fp32 scales [R, 16] are read with SCALED only."""
+    high, low, high8, low8 = words, words, words, words
+    if SCALED:
+        upper = scale.to(tl.bfloat16).to(tl.float32)
+        high, high8 = tl.split(tl.permute(tl.reshape(upper, (R, 2, 8)), (0, 2, 1)))
+        low, low8 = tl.split(tl.permute(tl.reshape(scale - upper, (R, 2, 8)), (0, 2, 1)))
+        high, high8 = over_words(twice(high), BITS, R, U), over_words(twice(high8), BITS, R, U)
+        low, low8 = over_words(twice(low), BITS, R, U), over_words(twice(low8), BITS, R, U)
+    if BITS == 4:
+        w = tl.reshape(words, (R, U, 8, 4, 4))
+        a, b, c, d = widen_int4(w, high, low, high8, low8, SCALED)
+        w = tl.join(tl.join(a, c), tl.join(b, d))  # R U q t s h r o
+        w = tl.permute(w, (0, 7, 2, 1, 4, 6, 3, 5))
+    elif BITS == 8:
+        w = tl.reshape(words, (R, U, 2, 8, 4, 2, 2))
+        a, b = widen_int8(w, high, low, high8, low8, SCALED)
+        w = tl.join(a, b)  # R U s/2 q t s%2 r h o
+        w = tl.permute(w, (0, 8, 3, 1, 2, 5, 6, 4, 7))
+    else:
+        w = pair(tl.reshape(words, (R, U, 4, 8, 4, 2, 2)))  # R U s q t r o h
+        w = tl.permute(w, (0, 6, 3, 1, 2, 5, 4, 7))
+    return tl.reshape(w, (16 * R, 64 * U))
+
+
+@triton.jit
+def expand(words, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
+    """[R tiles, U units of words] int32 -> bf16 codes [16 R outputs, 64 U inputs]."""
+    return arrange(words, words, BITS, R, U, False)
+
+
+@triton.jit
+def expand_scaled(words, scale, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
+    """As `expand`, times fp16 scales [R, 16] of one group."""
+    return arrange(words, scale.to(tl.float32), BITS, R, U, True)
+
+
+@triton.jit
+def fragment_order(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[rows, columns] -> the same with every 32 columns in fragment order."""
+    x = tl.reshape(x, (ROWS, COLUMNS // 32, 4, 2, 2, 2))
+    x = tl.permute(x, (0, 1, 3, 4, 2, 5))
+    return tl.reshape(x, (ROWS, COLUMNS))
+
+
+@triton.jit
+def multiply(
+    codes,
+    scales,
+    tile_offset,
+    x,
+    row_offset,
+    row_mask,
+    k,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """W X^T of some tiles and rows: [BN, BM] fp32.
+
+    A group of inputs with one scale is summed on the tensor cores over exact codes, and only the
+    sum is scaled: the same arithmetic as in decode, and no weight is rounded. With FOLD the scales
+    go into the weights, which rounds each of them to bf16 once. It saves a second set of sums, and
+    the tensor cores need not be waited for in every step. The order of the sum is that of the
+    inputs, whatever rows are beside it.
+
+    Args:
+        codes: int32, codes of the first tile; `scales` is fp16, its scales.
+        tile_offset: [BN / 16] int64, words from there to each tile.
+        x: bf16 rows in fragment order, at `row_offset` [BM] int64; rows without `row_mask` are 0.
+        k: Inputs, a multiple of GROUP.
+    """
+    units: tl.constexpr = GROUP // 64
+    step: tl.constexpr = units * 32 * BITS
+    code_ptrs = codes + tile_offset[:, None] + tl.arange(0, step)[None, :]
+    x_ptrs = x + row_offset[:, None] + tl.arange(0, GROUP)[None, :]
+    total = tl.zeros((BN, BM), tl.float32)
+    if BITS == 16:
+        for _ in range(k // GROUP):
+            words = tl.load(code_ptrs)
+            rows = tl.load(x_ptrs, mask=row_mask[:, None], other=0.0)
+            total = dot_add(expand(words, BITS, BN // 16, units), tl.trans(rows), total)
+            code_ptrs += step
+            x_ptrs += GROUP
+    else:
+        scale_ptrs = scales + (tile_offset * 2)[:, None] + tl.arange(0, 16)[None, :]
+        for _ in range(k // GROUP):
+            words = tl.load(code_ptrs)
+            scale = tl.load(scale_ptrs)
+            rows = tl.load(x_ptrs, mask=row_mask[:, None], other=0.0)
+            if FOLD:
+                w = expand_scaled(words, scale, BITS, BN // 16, units)
+                total = dot_add(w, tl.trans(rows), total)
+            else:
+                part = dot(expand(words, BITS, BN // 16, units), tl.trans(rows))
+                total += part * tl.reshape(scale, (BN,)).to(tl.float32)[:, None]
+            code_ptrs += step
+            scale_ptrs += 16
+            x_ptrs += GROUP
+    return total
