@@ -41,7 +41,7 @@ std::vector<KernelImage> read_images(const std::string& folder) {
     const std::string entry = manifest.substr(at, next == std::string::npos ? next : next - at);
     auto field = [&](const char* name) {
       std::smatch found;
-      std::regex_search(entry, found, std::regex("\"" + std::string(name) + "\": \"?([^\",\\s]+)"));
+      std::regex_search(entry, found, std::regex(concat("\"", name, "\": \"?([^\",\\s]+)")));
       return found[1].str();
     };
     KernelImage image{.name = field("name"),
@@ -279,7 +279,7 @@ INSTANTIATE_TEST_SUITE_P(, PrefillTest,
                                                           Recipe::int4_all)),
                          [](const auto& info) {
                            std::string name = std::get<0>(info.param).name;
-                           return name + std::to_string(static_cast<int>(std::get<1>(info.param)));
+                           return concat(name, static_cast<int>(std::get<1>(info.param)));
                          });
 
 }  // namespace
