@@ -156,8 +156,7 @@ class Bench {
   }
 
   void measure(int rows) {
-    StepRows r{rows,         token_.data(), position_.data(),
-               slot_.data(), page_.data(),  pages_stride_};
+    StepRows r{rows, token_.data(), position_.data(), slot_.data(), page_.data(), pages_stride_};
     const Buffers<float, bf16>& b = b_;
     auto bytes_of = [](std::initializer_list<const WeightView*> views) {
       double sum = 0;
@@ -232,17 +231,13 @@ class Bench {
                                     .rows = r.rows});
          }));
     // From here on the router's logits are random numbers.
-    DeviceBuffer<float> router =
-        normal_floats(static_cast<size_t>(rows * c_.num_experts), 1, 11);
+    DeviceBuffer<float> router = normal_floats(static_cast<size_t>(rows * c_.num_experts), 1, 11);
     const float* logits = router.data();
     double experts = experts_taken(router, rows);
     time("gate/up", rows, 40, 40, experts * bytes_of({&delta.experts_gate_up}),
          every([this, &b, r, logits](const LayerWeights& w, const LayerState&) {
-           ops_.routed_gate_up({.routed = b.routed,
-                                .router = logits,
-                                .normed = b.normed,
-                                .layer = w,
-                                .rows = r});
+           ops_.routed_gate_up(
+               {.routed = b.routed, .router = logits, .normed = b.normed, .layer = w, .rows = r});
          }));
     time("down", rows, 40, 40,
          experts * bytes_of({&delta.experts_down}) + bytes_of({&delta.shared_down}),
@@ -265,8 +260,8 @@ class Bench {
     };
     time("lm_head", rows, 1, 1, bytes_of({&weights_.lm_head}), head);
     for (bool greedy : {true, false})
-      time(greedy ? "draw, greedy" : "draw, top-k and top-p", rows, 1, 1,
-           n * c_.vocab_size * 4, [this, rows, greedy] {
+      time(greedy ? "draw, greedy" : "draw, top-k and top-p", rows, 1, 1, n * c_.vocab_size * 4,
+           [this, rows, greedy] {
              sampler_.launch(launcher(), greedy ? greedy_.data() : sampled_.data(), nullptr, rows,
                              logits_.data(), c_.vocab_size, last_token_.data(), results_.data());
            });
@@ -277,7 +272,6 @@ class Bench {
       forward_layers(ops_, weights_, state_, b, r, Phase::decode);
       head();
     });
-
   }
 
   bool write(const char* path) const {
@@ -397,8 +391,8 @@ int run(int argc, char** argv) {
     } else if (name == "--json" && i + 1 < argc) {
       json = argv[i + 1];
     } else {
-      throw InvalidArgument(concat("usage: ", argv[0],
-                                   " [--recipe R] [--rows 1,2] [--context N] [--json FILE]"));
+      throw InvalidArgument(
+          concat("usage: ", argv[0], " [--recipe R] [--rows 1,2] [--context N] [--json FILE]"));
     }
   }
   Bench bench(recipe, *std::max_element(rows.begin(), rows.end()), context, only);
