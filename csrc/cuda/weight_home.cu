@@ -244,9 +244,11 @@ class CudaWeightHome : public WeightHome {
                     " takes symmetric int4 weights; these have an offset per group");
     require<Format>(spec.k > 0 && spec.k % kUnit == 0, slot.fqn, ": ", spec.k,
                     " input features; the kernels of ", name(), " need a multiple of ", kUnit);
-    require<Format>(!is_quantized(spec.format) || (spec.group > 0 && spec.k % spec.group == 0),
-                    slot.fqn, ": groups of ", spec.group, " do not divide ", spec.k,
-                    " input features");
+    require<Format>(!is_quantized(spec.format) || spec.group == kUnit || spec.group == 2 * kUnit,
+                    slot.fqn, ": groups of ", spec.group, " weights share a scale; the kernels of ",
+                    name(), " take ", kUnit, " or ", 2 * kUnit);
+    require<Format>(!is_quantized(spec.format) || spec.k % spec.group == 0, slot.fqn,
+                    ": groups of ", spec.group, " do not divide ", spec.k, " input features");
     require<Format>(spec.tile_bytes() <= kChunk, slot.fqn, ": ", spec.k,
                     " input features make a tile larger than ", kChunk, " bytes");
   }

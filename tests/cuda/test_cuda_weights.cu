@@ -141,7 +141,7 @@ TEST_F(CudaWeights, HoldWhatTheHostHolds) {
   for (WeightFormat format : {WeightFormat::bf16, WeightFormat::int8, WeightFormat::int4}) {
     cases.push_back({matrix_slot(format, 1, 64), 1});
     cases.push_back({matrix_slot(format, 37, 64), 16});
-    cases.push_back({matrix_slot(format, 48, 192, 0, 32), 32});
+    cases.push_back({matrix_slot(format, 48, 192, 0, 64), 32});
     cases.push_back({matrix_slot(format, 200, 2048), 64});
     cases.push_back({matrix_slot(format, 65, 4096), 65});
     cases.push_back({matrix_slot(format, 24, 128, 5), 2});
@@ -245,6 +245,8 @@ TEST_F(CudaWeights, RefuseWhatTheKernelsCannotTake) {
   EXPECT_TRUE(refused(matrix_slot(WeightFormat::f32, 16, 64), 0, 16));
   EXPECT_TRUE(refused(matrix_slot(WeightFormat::int8, 16, 96), 0, 16));
   EXPECT_TRUE(refused(matrix_slot(WeightFormat::int4, 32, 64), 8, 16));
+  EXPECT_TRUE(refused(matrix_slot(WeightFormat::int4, 16, 128, 0, 32), 0, 16));
+  EXPECT_TRUE(refused(matrix_slot(WeightFormat::int8, 16, 256, 0, 256), 0, 16));
   TensorSlot offsets = matrix_slot(WeightFormat::int4, 16, 64);
   offsets.spec.has_zero = true;
   EXPECT_TRUE(refused(offsets, 0, 16));
