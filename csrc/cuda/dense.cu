@@ -5,61 +5,15 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/norm.cuh"
 #include "cuda/ops.h"
 
 namespace qwen_moe::cuda {
 namespace {
 
-constexpr int kNormVectors = 4;      // float4s of a row that one thread holds: k <= 4096
 constexpr int kMaxInputs = 8192;     // 8 rows of them fit shared memory
-constexpr int kMaxItems = 64;        // tiles of a block
 constexpr size_t kOwnShared = 1280;  // bytes of shared memory beside what a launch asks for
 constexpr int kRowsFused = 8;        // more rows than that are normed by a kernel of their own
-
-// Sum of squares of a thread's part of a row, in the order that every kernel shares.
-__device__ __forceinline__ float squares(float sum, const float4& x) {
-  return fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, fmaf(x.x, x.x, sum))));
-}
-__device__ __forceinline__ float rms_scale(const float* warp_sums, int k, float eps) {
-  float sum = warp_sums[0];
-#pragma unroll
-  for (int w = 1; w < kWarps; ++w) sum += warp_sums[w];
-  return rsqrtf(sum / static_cast<float>(k) + eps);
-}
-__device__ __forceinline__ uint2 normed_values(const float4& x, float scale, const float4& w) {
-  return {pack_bf16(x.x * scale * w.x, x.y * scale * w.y),
-          pack_bf16(x.z * scale * w.z, x.w * scale * w.w)};
-}
-
-// One block per row: what the projection kernel does itself for a few rows.
-__global__ __launch_bounds__(kThreads) void norm_rows(bf16* out, const float* hidden,
-                                                      const float* norm, int k, float eps) {
-  __shared__ float warp_sums[kWarps];
-  int thread = static_cast<int>(threadIdx.x);
-  int64_t row = static_cast<int64_t>(blockIdx.x) * k;
-  float4 weight[kNormVectors], x[kNormVectors];
-#pragma unroll
-  for (int v = 0; v < kNormVectors; ++v)
-    if (int at = v * 4 * kThreads + thread * 4; at < k)
-      weight[v] = *reinterpret_cast<const float4*>(norm + at);
-  wait_for_predecessor();
-  launch_dependents();
-  float sum = 0;
-#pragma unroll
-  for (int v = 0; v < kNormVectors; ++v)
-    if (int at = v * 4 * kThreads + thread * 4; at < k) {
-      x[v] = load_cg(reinterpret_cast<const float4*>(hidden + row + at));
-      sum = squares(sum, x[v]);
-    }
-  sum = warp_sum(sum);
-  if (thread % 32 == 0) warp_sums[thread / 32] = sum;
-  __syncthreads();
-  float scale = rms_scale(warp_sums, k, eps);
-#pragma unroll
-  for (int v = 0; v < kNormVectors; ++v)
-    if (int at = v * 4 * kThreads + thread * 4; at < k)
-      *reinterpret_cast<uint2*>(out + row + at) = normed_values(x[v], scale, weight[v]);
-}
 
 // What a finished output needs besides its sum, read early where that hides its latency.
 struct Extra {
@@ -132,49 +86,6 @@ __device__ __forceinline__ void load_rows(std::byte* to, int pitch, const bf16* 
       copy_async_16(to + row * pitch + at * 16, from + row * stride + at * 8);
   copy_async_commit();
   copy_async_wait<0>();
-}
-
-// RMSNorm of up to kRows rows by the whole block; their loads hide each other's latency.
-template <int kRows>
-__device__ __forceinline__ void norm_block(std::byte* to, int pitch, const ProjectArgs& args,
-                                           int first, int rows,
-                                           const float4 (&weight)[kNormVectors]) {
-  __shared__ float warp_sums[kRows][kWarps];
-  int thread = static_cast<int>(threadIdx.x);
-  float4 x[kRows][kNormVectors];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const float* from = args.hidden + static_cast<int64_t>(first + r) * args.k + thread * 4;
-#pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
-      if (r < rows && v * 4 * kThreads + thread * 4 < args.k)
-        x[r][v] = load_cg(reinterpret_cast<const float4*>(from + v * 4 * kThreads));
-  }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    float sum = 0;
-#pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
-      if (r < rows && v * 4 * kThreads + thread * 4 < args.k) sum = squares(sum, x[r][v]);
-    sum = warp_sum(sum);
-    if (thread % 32 == 0) warp_sums[r][thread / 32] = sum;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (r >= rows) break;
-    float scale = rms_scale(warp_sums[r], args.k, args.eps);
-    bool write = args.normed != nullptr && blockIdx.x == (first + r) % gridDim.x;
-#pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
-      if (int at = v * 4 * kThreads + thread * 4; at < args.k) {
-        uint2 values = normed_values(x[r][v], scale, weight[v]);
-        *reinterpret_cast<uint2*>(to + r * pitch + at * 2) = values;
-        if (write)
-          *reinterpret_cast<uint2*>(args.normed + static_cast<int64_t>(first + r) * args.k + at) =
-              values;
-      }
-  }
 }
 
 // Outputs of a flush that a thread finishes, at most.
@@ -360,68 +271,6 @@ size_t shared_bytes(int rows, int k, int flush_tiles, int stages) {
 }
 
 }  // namespace
-
-// Which blocks take which tiles, balanced by bytes: the largest first, each to the least loaded.
-// A gate tile and its up tile stay together, and before single tiles, so that they share a flush.
-const CudaOps::Schedule& CudaOps::schedule(std::span<const WeightView* const> views, bool pairs) {
-  std::vector<WeightSpec> key;
-  for (const WeightView* view : views) key.push_back(view->spec);
-  for (const Schedule& known : schedules_)
-    if (known.specs == key) return known;
-
-  struct Load {
-    std::vector<int32_t> pairs, singles;
-    size_t bytes = 0;
-  };
-  struct Work {
-    int32_t item;
-    size_t bytes;
-    bool pair;
-  };
-  std::vector<Work> work;
-  for (size_t s = 0; s < key.size(); ++s) {
-    if (pairs && s == 3) break;
-    bool pair = pairs && s == 2;
-    for (int tile = 0; tile < key[s].tiles(); ++tile)
-      work.push_back({static_cast<int32_t>(s << 14) | tile,
-                      key[s].tile_bytes() + (pair ? key[s + 1].tile_bytes() : 0), pair});
-  }
-  std::stable_sort(work.begin(), work.end(),
-                   [](const Work& a, const Work& b) { return a.bytes > b.bytes; });
-  std::vector<Load> loads(
-      static_cast<size_t>(std::min<int>(device_.sms, static_cast<int>(work.size()))));
-  for (const Work& w : work) {
-    Load& least = *std::min_element(loads.begin(), loads.end(),
-                                    [](const Load& a, const Load& b) { return a.bytes < b.bytes; });
-    least.bytes += w.bytes;
-    if (w.pair) {
-      least.pairs.push_back(w.item);
-      least.pairs.push_back(w.item + (1 << 14));
-    } else {
-      least.singles.push_back(w.item);
-    }
-  }
-  size_t most = 0;
-  for (const Load& l : loads) most = std::max(most, l.pairs.size() + l.singles.size());
-  size_t stride = most + 1;
-  for (const WeightSpec& spec : key)
-    require(spec.tiles() <= 1 << 14, "a projection of ", spec.n, " outputs, at most ", kTile << 14,
-            " are supported");
-  require(most <= kMaxItems, "a multiprocessor would take ", most,
-          " tiles of a projection, at most ", kMaxItems, " are supported");
-  std::vector<int32_t> items(loads.size() * stride, -1);
-  for (size_t b = 0; b < loads.size(); ++b) {
-    auto at = items.begin() + static_cast<std::ptrdiff_t>(b * stride);
-    *at++ = static_cast<int32_t>(loads[b].pairs.size() + loads[b].singles.size());
-    at = std::copy(loads[b].pairs.begin(), loads[b].pairs.end(), at);
-    std::copy(loads[b].singles.begin(), loads[b].singles.end(), at);
-  }
-  Schedule made{key, DeviceBuffer<int32_t>(items.size()), static_cast<int>(loads.size()),
-                static_cast<int>(stride)};
-  QWEN_MOE_CUDA(cudaMemcpy(made.items.data(), items.data(), items.size() * 4, cudaMemcpyDefault));
-  schedules_.push_back(std::move(made));
-  return schedules_.back();
-}
 
 void CudaOps::reserve_dense() {
   for (int k : {c_.hidden_size, c_.value_dim(), c_.attention_dim()})

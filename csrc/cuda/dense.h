@@ -6,6 +6,8 @@
 
 namespace qwen_moe::cuda {
 
+inline constexpr int kMaxItems = 64;  // tiles of a block that a schedule may list
+
 enum class Epilogue { conv, plain, residual, router, logits };
 
 struct ProjectArgs {
