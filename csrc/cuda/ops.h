@@ -56,7 +56,7 @@ class CudaOps {
   int max_rows_, max_context_;
   Launcher launch_;
 
-  // dense.cu: the tiles of every block of a projection, by the matrices it reads.
+  // schedule.cu: the tiles of every block of a projection, by the matrices it reads.
   struct Schedule {
     std::vector<WeightSpec> specs;
     DeviceBuffer<int32_t> items;  // [blocks, items_stride] how many, then each
