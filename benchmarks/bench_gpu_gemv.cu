@@ -18,6 +18,7 @@
 #include "cuda/launch.h"
 #include "cuda/runtime.h"
 #include "cuda/tile.cuh"
+#include "gpu_timing.h"
 
 namespace qwen_moe::cuda {
 namespace {
@@ -319,44 +320,6 @@ struct Size {
 };
 constexpr Size kSizes[] = {
     {"n=4096", 4096, 96, 20}, {"n=12352", 12352, 72, 8}, {"n=248320", 248320, 12, 1}};
-
-class Graph {
- public:
-  Graph(const Stream& stream, auto&& record) {
-    QWEN_MOE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    record();
-    QWEN_MOE_CUDA(cudaStreamEndCapture(stream, &graph_));
-    QWEN_MOE_CUDA(cudaGraphInstantiate(&exec_, graph_, 0));
-    QWEN_MOE_CUDA(cudaGraphUpload(exec_, stream));
-  }
-  ~Graph() {
-    if (exec_) cudaGraphExecDestroy(exec_);
-    if (graph_) cudaGraphDestroy(graph_);
-  }
-  Graph(Graph&& other) noexcept
-      : graph_(std::exchange(other.graph_, nullptr)), exec_(std::exchange(other.exec_, nullptr)) {}
-  void launch(const Stream& stream) const { QWEN_MOE_CUDA(cudaGraphLaunch(exec_, stream)); }
-  // A chain that silently lost its programmatic edges would measure something else.
-  size_t programmatic_edges() const {
-    size_t count = 128;  // room for every edge of a chain
-    std::vector<cudaGraphNode_t> from(count), to(count);
-    std::vector<cudaGraphEdgeData> data(count);
-    QWEN_MOE_CUDA(cudaGraphGetEdges(graph_, from.data(), to.data(), data.data(), &count));
-    data.resize(count);
-    return static_cast<size_t>(std::count_if(data.begin(), data.end(), [](const auto& edge) {
-      return edge.type == cudaGraphDependencyTypeProgrammatic;
-    }));
-  }
-
- private:
-  cudaGraph_t graph_ = nullptr;
-  cudaGraphExec_t exec_ = nullptr;
-};
-
-float median(std::vector<float> times) {
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  return times[times.size() / 2];
-}
 
 float bf16_to_float(uint16_t bits) {
   uint32_t wide = static_cast<uint32_t>(bits) << 16;

@@ -16,6 +16,7 @@
 #include "cuda/device.cuh"
 #include "cuda/launch.h"
 #include "cuda/runtime.h"
+#include "gpu_timing.h"
 
 namespace qwen_moe::cuda {
 namespace {
@@ -54,9 +55,12 @@ __device__ void prefetch_next(const Phase& p) {
     size_t share = (p.words + gridDim.x - 1) / gridDim.x * 16;
     size_t end = min((blockIdx.x + 1) * share, bytes);
 #pragma unroll 1
-    for (size_t i = blockIdx.x * share; i < end; i += kPiece)
+    for (size_t i = blockIdx.x * share; i < end; i += kPiece) {
+#if __CUDA_ARCH__ >= 900  // the program refuses older ones before it gets here
       asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(next + i),
                    "r"(static_cast<unsigned>(min(kPiece, end - i))));
+#endif
+    }
   }
 }
 
@@ -144,6 +148,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 template <int kPages>
 __global__ void read_bulk(Phase p) {
+#if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint4 pages[];  // [kPages][kPageWords]
   __shared__ uint64_t full[kPages];
   unsigned bits = 0, value = 0;
@@ -195,6 +200,7 @@ __global__ void read_bulk(Phase p) {
     }
   }
   finish(p, value, bits);
+#endif
 }
 
 __global__ void fill_random(uint4* pool, size_t words) {
@@ -313,44 +319,6 @@ struct Shape {
   int cluster = 1;
   bool programmatic = false;
 };
-
-class Graph {
- public:
-  Graph(const Stream& stream, auto&& record) {
-    QWEN_MOE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    record();
-    QWEN_MOE_CUDA(cudaStreamEndCapture(stream, &graph_));
-    QWEN_MOE_CUDA(cudaGraphInstantiate(&exec_, graph_, 0));
-    QWEN_MOE_CUDA(cudaGraphUpload(exec_, stream));
-  }
-  ~Graph() {
-    if (exec_) cudaGraphExecDestroy(exec_);
-    if (graph_) cudaGraphDestroy(graph_);
-  }
-  Graph(Graph&& other) noexcept
-      : graph_(std::exchange(other.graph_, nullptr)), exec_(std::exchange(other.exec_, nullptr)) {}
-  void launch(const Stream& stream) const { QWEN_MOE_CUDA(cudaGraphLaunch(exec_, stream)); }
-  // A chain that silently lost its programmatic edges would measure something else.
-  size_t programmatic_edges() const {
-    size_t count = kChain;  // room for every edge of a chain
-    std::vector<cudaGraphNode_t> from(count), to(count);
-    std::vector<cudaGraphEdgeData> data(count);
-    QWEN_MOE_CUDA(cudaGraphGetEdges(graph_, from.data(), to.data(), data.data(), &count));
-    data.resize(count);
-    return static_cast<size_t>(std::count_if(data.begin(), data.end(), [](const auto& edge) {
-      return edge.type == cudaGraphDependencyTypeProgrammatic;
-    }));
-  }
-
- private:
-  cudaGraph_t graph_ = nullptr;
-  cudaGraphExec_t exec_ = nullptr;
-};
-
-float median(std::vector<float> times) {
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  return times[times.size() / 2];
-}
 
 class Bench {
  public:

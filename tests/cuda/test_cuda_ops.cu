@@ -14,6 +14,7 @@
 #include "cuda/ops.h"
 #include "engine/backend.h"
 #include "model/model.h"
+#include "shapes.h"
 
 namespace qwen_moe {
 namespace {
@@ -21,64 +22,15 @@ namespace {
 using cuda::bf16;
 using cuda::DeviceBuffer;
 
-struct Shapes {
-  const char* name;
-  int hidden, heads, kv_heads, key_heads, value_heads, experts, top_k, inter, vocab;
-};
 constexpr Shapes kShapes[] = {{"Tiny", 256, 2, 1, 1, 2, 8, 2, 128, 500},
                               {"Model35b", 2048, 16, 2, 16, 32, 32, 8, 512, 5000},
                               {"Model122b", 3072, 32, 2, 16, 64, 16, 8, 1024, 1000},
                               {"Model397b", 4096, 32, 2, 16, 64, 320, 10, 64, 1000}};
 
-ModelConfig config_of(const Shapes& s) {
-  return {.vocab_size = s.vocab,
-          .hidden_size = s.hidden,
-          .num_hidden_layers = 2,
-          .layer_types = {LayerType::linear_attention, LayerType::full_attention},
-          .num_attention_heads = s.heads,
-          .num_key_value_heads = s.kv_heads,
-          .head_dim = 256,
-          .rope_theta = 1e7,
-          .partial_rotary_factor = 0.25,
-          .linear_num_key_heads = s.key_heads,
-          .linear_num_value_heads = s.value_heads,
-          .linear_key_head_dim = 128,
-          .linear_value_head_dim = 128,
-          .linear_conv_kernel_dim = 4,
-          .num_experts = s.experts,
-          .num_experts_per_tok = s.top_k,
-          .moe_intermediate_size = s.inter,
-          .shared_expert_intermediate_size = s.inter,
-          .rms_norm_eps = 1e-6,
-          .max_position_embeddings = 4096};
-}
-
-template <class T>
-DeviceBuffer<T> to_device(const std::vector<T>& host) {
-  DeviceBuffer<T> buffer(host.size());
-  QWEN_MOE_CUDA(cudaMemcpy(buffer.data(), host.data(), buffer.bytes(), cudaMemcpyDefault));
-  return buffer;
-}
-template <class T>
-std::vector<T> to_host(const DeviceBuffer<T>& buffer) {
-  std::vector<T> host(buffer.size());
-  QWEN_MOE_CUDA(cudaMemcpy(host.data(), buffer.data(), buffer.bytes(), cudaMemcpyDefault));
-  return host;
-}
 std::vector<float> floats(const std::vector<bf16>& values) {
   std::vector<float> out;
   for (bf16 v : values) out.push_back(__bfloat162float(v));
   return out;
-}
-
-double relative_error(const std::vector<float>& got, const std::vector<float>& want) {
-  double difference = 0, size = 0;
-  EXPECT_EQ(got.size(), want.size());
-  for (size_t i = 0; i < want.size(); ++i) {
-    difference += std::pow(static_cast<double>(got[i]) - want[i], 2);
-    size += std::pow(static_cast<double>(want[i]), 2);
-  }
-  return std::sqrt(difference / size);
 }
 
 constexpr double kTolerance = 5e-3;  // activations are rounded to bf16 once
