@@ -142,10 +142,6 @@ __global__ void read_async(Phase p) {
 // Bulk copies: each block owns one contiguous run, thread 0 asks for pages of it.
 constexpr int kPageWords = 512;  // 8 KiB
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 template <int kPages>
 __global__ void read_bulk(Phase p) {
 #if __CUDA_ARCH__ >= 900
