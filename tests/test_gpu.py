@@ -185,6 +185,24 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("quantize", RECIPES, ids=str)
+def test_prompts_through_their_own_kernels_are_close_to_the_cpu(quantize: str | None) -> None:
+    pytest.importorskip("triton")
+    with open_engine(device="cpu", quantize=quantize) as cpu:
+        ids = greedy_ids(cpu, ids_of(3, 200), 16)
+        want = fed(cpu, ids, 200)
+    with open_engine(max_sessions=2, quantize=quantize, prefill_kernels=True) as engine:
+        got = fed(engine, ids, 200)
+        assert torch.equal(got, fed(engine, ids, 200))
+        # In pieces that end on multiples of 64, with another session's prompt between them.
+        with engine.session() as session, engine.session() as other:
+            session.prefill(ids[:128])
+            other.prefill(ids_of(5, 90))
+            session.prefill(ids[128:200])
+            assert torch.equal(session.logits.double(), got[0])
+    assert_close(got, want)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -336,6 +336,17 @@ void register_engine(py::module_& m) {
            "repetition_penalty"_a = 1.0, "presence_penalty"_a = 0.0, "frequency_penalty"_a = 0.0,
            "seed"_a = 0, "logprobs"_a = -1);
 
+  py::class_<KernelImage>(m, "KernelImage")
+      .def(py::init([](std::string name, std::string symbol, const py::bytes& code, int shared,
+                       int warps, std::vector<std::pair<std::string, std::string>> params,
+                       std::vector<std::pair<std::string, int>> constants, int scratch) {
+             return KernelImage{std::move(name), std::move(symbol), std::string(code),    shared,
+                                warps,           std::move(params), std::move(constants), scratch};
+           }),
+           py::kw_only(), "name"_a, "symbol"_a, "code"_a, "shared"_a, "warps"_a, "params"_a,
+           "constants"_a, "scratch"_a)
+      .def_readonly("name", &KernelImage::name);
+
   py::class_<Progress>(m, "Progress")
       .def_readonly("token_ids", &Progress::tokens)
       .def_readonly("logprobs", &Progress::logprobs)
@@ -350,7 +361,8 @@ void register_engine(py::module_& m) {
                                               py::release_gil_before_calling_cpp_dtor())
       .def(py::init([](const PyModel& model, int max_sessions, int max_context,
                        const std::string& kv_dtype, const std::vector<int32_t>& eos_token_ids,
-                       bool poison, bool cuda_graph) {
+                       bool poison, bool cuda_graph,
+                       const std::vector<KernelImage>& prefill_kernels) {
              const ModelConfig& config = model.model->config();
              DType kv = parse_dtype(kv_dtype);
              std::vector<std::unique_ptr<Backend>> shards;
@@ -360,7 +372,8 @@ void register_engine(py::module_& m) {
                                       .kv_dtype = kv,
                                       .threads = model.threads,
                                       .cuda_graph = cuda_graph,
-                                      .max_rows = std::min(max_sessions, kMaxRows)};
+                                      .max_rows = std::min(max_sessions, kMaxRows),
+                                      .prefill_kernels = prefill_kernels};
                bool cpu = model.devices[static_cast<size_t>(i)] == "cpu";
                shards.push_back(cpu ? make_cpu_backend(options) : make_cuda_backend(options));
              }
@@ -373,7 +386,8 @@ void register_engine(py::module_& m) {
                                .poison = poison});
            }),
            "model"_a, py::kw_only(), "max_sessions"_a, "max_context"_a, "kv_dtype"_a,
-           "eos_token_ids"_a, "poison"_a = false, "cuda_graph"_a = true, nogil)
+           "eos_token_ids"_a, "poison"_a = false, "cuda_graph"_a = true,
+           "prefill_kernels"_a = std::vector<KernelImage>{}, nogil)
       .def_property_readonly("max_sessions",
                              [](const Engine& e) { return e.capacity().max_sessions; })
       .def_property_readonly("max_context", [](const Engine& e) { return e.options().max_context; })

@@ -12,6 +12,7 @@
 
 #include "cuda/graph.h"
 #include "cuda/ops.h"
+#include "cuda/prompt.h"
 #include "cuda/sample.h"
 #include "cuda/step.h"
 #include "model/forward.h"
@@ -44,6 +45,9 @@ class CudaBackend : public Backend {
         layout_(declare_state(config_, weights_.span, weights_.last, options.kv_dtype)),
         properties_(device_properties(device_of(options.model->home(options.shard).name()))),
         graphs_wanted_(options.cuda_graph),
+        images_(options.prefill_kernels.empty()
+                    ? nullptr
+                    : std::make_unique<Images>(options.prefill_kernels)),
         max_rows_(static_cast<int>(std::bit_ceil(static_cast<unsigned>(options.max_rows)))) {
     require(options.kv_dtype == DType::bf16, "kv_dtype must be bfloat16 on CUDA, got ",
             dtype_name(options.kv_dtype));
@@ -199,13 +203,19 @@ class CudaBackend : public Backend {
     });
   }
 
-  // Until there are prefill kernels, a prompt goes through the decode step, token by token.
+  int prefill_chunk() const override { return images_ ? Prompt::kTokens : kPrefillChunk; }
+
+  // One token goes through the decode step, and so do all without kernels for prompts.
   void prefill(const PrefillStep& step, const Handoff* input) override {
     DeviceGuard device(properties_.device);
     check_generation(step.slot, step.generation);
     auto count = static_cast<int>(step.tokens.size());
-    require(count > 0 && count <= kPrefillChunk, "a prefill step takes 1 to ", kPrefillChunk,
+    require(count > 0 && count <= prefill_chunk(), "a prefill step takes 1 to ", prefill_chunk(),
             " tokens, got ", count);
+    if (prompt_ && count > 1) {
+      last_hidden_ = prompt_->run(stream_, step, input, weights_, state_, logits_);
+      return;
+    }
     auto width = static_cast<size_t>(config_.hidden_size);
     for (int i = 0; i < count; ++i) {
       bool last = i + 1 == count;
@@ -389,7 +399,7 @@ class CudaBackend : public Backend {
     buffers_.shared = halves(config_.shared_expert_intermediate_size);
     buffers_.routed = halves(config_.num_experts_per_tok * config_.moe_intermediate_size);
     if (!weights_.last)
-      handoff_ = DeviceBuffer<float>(static_cast<size_t>(kPrefillChunk) *
+      handoff_ = DeviceBuffer<float>(static_cast<size_t>(prefill_chunk()) *
                                      static_cast<size_t>(config_.hidden_size));
     ops_ = std::make_unique<CudaOps>(config_, properties_, max_rows_, max_context);
 
@@ -400,6 +410,8 @@ class CudaBackend : public Backend {
     step_buffer_ = DeviceBuffer<StepState>(1);
     step_ = step_buffer_.data();
     for (Inputs& in : inputs_) in.data = PinnedBuffer<std::byte>(input_bytes);
+    if (images_)
+      prompt_ = std::make_unique<Prompt>(config_, properties_, *images_, *ops_, pages_stride_);
 
     if (!weights_.last) return;
     sampler_ = std::make_unique<Sampler>(config_.vocab_size, max_rows_, properties_);
@@ -539,6 +551,7 @@ class CudaBackend : public Backend {
   StateLayout layout_;
   DeviceProperties properties_;
   bool graphs_wanted_;
+  std::unique_ptr<Images> images_;  // null: prompts go through the decode step
   int max_rows_;
   Stream stream_;
 
@@ -557,7 +570,7 @@ class CudaBackend : public Backend {
   std::vector<DeviceBuffer<float>> float_scratch_;
   std::vector<DeviceBuffer<bf16>> half_scratch_;
   Buffers<float, bf16> buffers_;
-  DeviceBuffer<float> handoff_;  // [kPrefillChunk, hidden], not on the last shard
+  DeviceBuffer<float> handoff_;  // [prefill_chunk, hidden], not on the last shard
   Handoff last_hidden_;
   std::unique_ptr<CudaOps> ops_;
 
@@ -567,6 +580,8 @@ class CudaBackend : public Backend {
   StepState* step_ = nullptr;
   std::array<Inputs, kRing> inputs_;
   size_t next_input_ = 0;
+
+  std::unique_ptr<Prompt> prompt_;
 
   std::unique_ptr<Sampler> sampler_;
   DeviceBuffer<DrawRow> draw_rows_;

@@ -9,7 +9,9 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
+#include "engine/kernel_image.h"
 #include "model/model.h"
 #include "model/sampling.h"
 #include "state/store.h"
@@ -17,10 +19,10 @@
 namespace qwen_moe {
 
 inline constexpr int kMaxRows = 64;        // rows of a decode step
-inline constexpr int kPrefillChunk = 512;  // tokens of a prefill step; a multiple of 64
+inline constexpr int kPrefillChunk = 512;  // tokens of a prefill step, where nothing else is said
 
-// Consecutive tokens of one session; [position, position + tokens) does not cross a multiple of
-// kPrefillChunk, so what a session computes does not depend on how the engine scheduled it.
+// Consecutive tokens of one session; [position, position + tokens) does not cross a multiple of the
+// backend's chunk, so what a session computes does not depend on how the engine scheduled it.
 struct PrefillStep {
   int slot = 0;
   uint32_t generation = 0;
@@ -66,6 +68,8 @@ class Backend : public StateStore {
   virtual std::map<std::string, size_t> memory() const = 0;  // ledger in bytes, without weights
   virtual std::map<std::string, int64_t> counters() const { return {}; }  // for Engine::stats
 
+  // Tokens of a prefill step, at most; a multiple of 64 that stays what it is.
+  virtual int prefill_chunk() const { return kPrefillChunk; }
   // `input` is the residual stream of the shard before, or null on the first.
   virtual void prefill(const PrefillStep& step, const Handoff* input) = 0;
   virtual void decode(std::span<const DecodeRow> rows, const Handoff* input) = 0;
@@ -90,6 +94,8 @@ struct BackendOptions {
   int threads = 1;
   bool cuda_graph = true;   // false: the same kernels, launched one by one
   int max_rows = kMaxRows;  // of a decode step
+  // CUDA: kernels for prompts; without them a prompt goes through the decode step, token by token.
+  std::vector<KernelImage> prefill_kernels{};
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);

@@ -26,9 +26,10 @@ struct StepPlan {
 
 // Prefill chunks and decode steps alternate while both have work, so that a long prompt never
 // stalls a running session for more than one chunk. `turn` rotates the choice among many.
-StepPlan plan_step(std::span<const Work> work, bool last_was_prefill, unsigned turn);
+StepPlan plan_step(std::span<const Work> work, bool last_was_prefill, unsigned turn,
+                   int chunk = kPrefillChunk);
 
-// Tokens of the next prefill chunk: up to the next multiple of kPrefillChunk.
-int prefill_tokens(int position, int pending);
+// Tokens of the next prefill chunk: up to the next multiple of `chunk`.
+int prefill_tokens(int position, int pending, int chunk = kPrefillChunk);
 
 }  // namespace qwen_moe

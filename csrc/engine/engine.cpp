@@ -261,7 +261,7 @@ bool Engine::step_locked() {
     return true;
   }
 
-  StepPlan plan = plan_step(work_, last_was_prefill_, turn_++);
+  StepPlan plan = plan_step(work_, last_was_prefill_, turn_++, pipeline_->prefill_chunk());
   if (plan.kind == StepPlan::Kind::none) {
     bool collected = draws_ > 0;
     settle();

@@ -2,6 +2,7 @@
 // at the boundaries only.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <span>
@@ -42,6 +43,13 @@ class Pipeline {
 
   // Several shards hand the residual stream over on the host, which waits for it.
   bool ahead() const { return shards_.size() == 1 && shards_.back()->ahead(); }
+
+  // The least of all shards.
+  int prefill_chunk() const {
+    int least = shards_.front()->prefill_chunk();
+    for (const auto& shard : shards_) least = std::min(least, shard->prefill_chunk());
+    return least;
+  }
 
   void prefill(const PrefillStep& step) {
     for_each([&](Backend& shard, const Handoff* input) { shard.prefill(step, input); });

@@ -221,6 +221,25 @@ class Progress:
     def error(self) -> str: ...
 
 @final
+class KernelImage:
+    """A kernel that was compiled ahead of time: the fields of kernels.images.Image."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        symbol: str,
+        code: bytes,
+        shared: int,
+        warps: int,
+        params: Sequence[tuple[str, str]],
+        constants: Sequence[tuple[str, int]],
+        scratch: int,
+    ) -> None: ...
+    @property
+    def name(self) -> str: ...
+
+@final
 class Engine:
     """Sessions over one Model. Calls from several threads are served in turn, between steps."""
 
@@ -234,10 +253,12 @@ class Engine:
         eos_token_ids: Sequence[int],
         poison: bool = False,
         cuda_graph: bool = True,
+        prefill_kernels: Sequence[KernelImage] = ...,
     ) -> None:
         """Allocates all state at once. CapacityError with the numbers when it cannot fit. `poison`
         fills freed state with NaN, so that a leak between sessions shows at once. `cuda_graph`
-        False launches the same kernels one by one."""
+        False launches the same kernels one by one. CUDA takes prompts through `prefill_kernels`,
+        and without any through the decode step."""
     @property
     def max_sessions(self) -> int: ...
     @property

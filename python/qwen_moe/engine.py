@@ -15,6 +15,7 @@ from qwen_moe.checkpoint import Checkpoint
 from qwen_moe.detokenizer import Detokenizer
 from qwen_moe.errors import FormatError, InvalidArgument
 from qwen_moe.placement import resolve_devices, resolve_split
+from qwen_moe.prefill_kernels import prefill_images
 from qwen_moe.sampling import SamplingParams
 from qwen_moe.session import Session
 from qwen_moe.tokenizer import Tokenizer, read_eos_token_ids
@@ -76,6 +77,7 @@ class Engine:
         progress: bool | None = None,
         poison: bool = False,
         cuda_graph: bool = True,
+        prefill_kernels: bool = False,
     ) -> None:
         """Open a checkpoint and load its weights.
 
@@ -100,6 +102,9 @@ class Engine:
             poison: Fill freed state with NaN, so that a leak between sessions shows at once.
             cuda_graph: On CUDA, replay every decode step as one captured graph. False launches the
                 same kernels one by one; same bits. Other devices ignore it.
+            prefill_kernels: On CUDA, take prompts through kernels of their own, compiled by Triton,
+                instead of the decode step. They have been tested on a CPU only. Other devices
+                ignore it.
 
         Raises:
             FormatError: A file or tensor of the checkpoint is missing, broken or does not fit.
@@ -154,6 +159,7 @@ class Engine:
             eos_token_ids=self.eos_token_ids,
             poison=poison,
             cuda_graph=cuda_graph,
+            prefill_kernels=prefill_images(self.devices) if prefill_kernels else [],
         )
 
     def __enter__(self) -> Engine:

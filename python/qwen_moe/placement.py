@@ -22,7 +22,12 @@ def resolve_devices(device: str, devices: Sequence[str] | None) -> list[str]:
         if device != "auto":
             raise InvalidArgument(f"pass device or devices, not both: {device!r}, {devices!r}")
     listed = [device] if devices is None else list(devices)
-    return [_device(name) for name in listed]
+    names = [_device(name) for name in listed]
+    if len({name.partition(":")[0] for name in names}) > 1:
+        raise InvalidArgument(
+            f"devices must all be CPUs or all be GPUs, got {names}: their states differ"
+        )
+    return names
 
 
 def _device(name: str) -> str:

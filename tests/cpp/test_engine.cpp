@@ -11,6 +11,7 @@ TEST(Dispatch, PrefillChunksEndOnTheGrid) {
   EXPECT_EQ(prefill_tokens(0, 10), 10);
   EXPECT_EQ(prefill_tokens(0, 5000), kPrefillChunk);
   EXPECT_EQ(prefill_tokens(kPrefillChunk - 3, 5000), 3);
+  EXPECT_EQ(prefill_tokens(4000, 5000, 4096), 96);
 }
 
 TEST(Dispatch, AlternatesPrefillAndDecode) {
