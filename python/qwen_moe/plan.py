@@ -21,7 +21,7 @@ class Plan:
 
     Attributes:
         slots: In reading order, as the core holds them.
-        sources: Where each comes from, by FQN; empty for a dummy.
+        sources: Where each comes from, by FQN; empty for a dummy and for a bundle.
         stored: Format of the matrices whose codes and scales are kept, by FQN.
         group: The most input features that share a scale.
     """
@@ -45,6 +45,13 @@ def plan(checkpoint: Checkpoint, recipe: str, devices: Sequence[str]) -> Plan:
         InvalidArgument: A matrix cannot have the format that the recipe asks for.
     """
     config, dtype = checkpoint.config, checkpoint.dtype
+    if checkpoint.bundle is not None:
+        packed = checkpoint.bundle
+        packed.check_recipe(recipe)
+        stored = packed.stored()
+        slots = _core.plan(config, recipe, dtype, stored=stored, group=packed.group)
+        packed.check(slots)
+        return Plan(slots, {}, stored, packed.group)
     slots = _core.plan(config, recipe, dtype)
     if checkpoint.dummy:
         return Plan(slots, {}, {}, GROUPS[0])
