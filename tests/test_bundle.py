@@ -23,8 +23,10 @@ from qwen_moe import _core, bundle, bundle_writer, loading, quantize
 from qwen_moe.__main__ import main
 from qwen_moe.bundle import MANIFEST
 from qwen_moe.checkpoint import Checkpoint
+from qwen_moe.plan import plan
 
 TINY = foreign.TINY
+WRITTEN = {MANIFEST, "packed-00001-of-00001.safetensors"}
 RECIPES = ("int8", "int4", "int4-all")
 IDS = list(range(3, 90))
 
@@ -83,6 +85,7 @@ def refused(path: Path, error: type[Exception], *words: str, **settings: Any) ->
 def test_a_bundle_gives_the_bits_of_packing_while_loading(tmp_path: Path, recipe: str) -> None:
     out = written(tmp_path / "out", recipe)
     want = logits(TINY, quantize=recipe)
+    assert names(TINY) == sorted({*names(out), "README.md", "model.safetensors"} - WRITTEN)
     assert torch.equal(logits(out), want)
     assert torch.equal(logits(out, quantize=recipe), want)
     assert not torch.equal(want, logits(TINY))
@@ -92,6 +95,7 @@ def test_codes_that_a_checkpoint_has_stay_as_they_are(tmp_path: Path) -> None:
     source = foreign.write(tmp_path / "gptq", foreign.tiny(), foreign.GPTQ, foreign.gptq()).path
     out = written(tmp_path / "out", "int8", source)
     assert torch.equal(logits(out), logits(source, quantize="int8"))
+    assert "quantization_config" in json.loads((source / "config.json").read_text())
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
 
 
@@ -252,6 +256,25 @@ def test_a_file_that_shrinks_while_open_is_named(packed: Path) -> None:
 @pytest.mark.parametrize("recipe", ["int8", "int4-all"])
 def test_another_recipe_is_refused(original: Path, recipe: str) -> None:
     refused(original, qwen_moe.InvalidArgument, "packed as int4", recipe, quantize=recipe)
+
+
+def test_groups_that_a_gpu_does_not_take_are_refused(tmp_path: Path) -> None:
+    source = foreign.write(
+        tmp_path / "gptq", foreign.tiny(), foreign.GPTQ | {"group_size": 32}, foreign.gptq(group=32)
+    ).path
+    out = written(tmp_path / "out", "int4", source)
+    assert torch.equal(logits(out), logits(source, quantize="int4"))
+    with pytest.raises(qwen_moe.InvalidArgument, match=r"group 32 in .*groups of at least 64"):
+        plan(Checkpoint(out), "int4", ["cuda:0"])
+
+
+def test_a_layout_of_another_device_is_refused(original: Path) -> None:
+    checkpoint = Checkpoint(original)
+    assert checkpoint.bundle is not None
+    checkpoint.bundle.check(_core.plan(checkpoint.config, "int4", "bfloat16"))
+    # As many bytes, so only the format tells them apart.
+    with pytest.raises(qwen_moe.FormatError, match=r"embed_tokens.*bf16.*needs.*as f16"):
+        checkpoint.bundle.check(_core.plan(checkpoint.config, "int4", "float16"))
 
 
 def drop(manifest: dict) -> None:
@@ -440,6 +463,23 @@ def test_force_replaces_a_bundle(packed: Path, monkeypatch: pytest.MonkeyPatch) 
     written(packed, "int8", force=True)
     assert names(packed.parent) == [packed.name]
     assert torch.equal(logits(packed), logits(TINY, quantize="int8"))
+
+
+def test_a_replacement_that_cannot_be_renamed_keeps_the_old(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(qwen_moe.InvalidArgument, match="Input/output error"):
+        written(packed, "int8", force=True)
+    assert names(packed.parent) == [packed.name]
+    assert torch.equal(logits(packed), logits(TINY, quantize="int4"))
 
 
 def test_a_bundle_is_no_source(tmp_path: Path, original: Path) -> None:

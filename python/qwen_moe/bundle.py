@@ -127,6 +127,19 @@ class Bundle:
                 f"{recipe}; leave quantize out, or open the checkpoint that it was made from"
             )
 
+    def check_group(self, least: int) -> None:
+        """No group of input features with one scale is smaller than a device takes.
+
+        Raises:
+            InvalidArgument: One is.
+        """
+        for tensor in self.tensors.values():
+            if 0 < tensor.group < least:
+                raise InvalidArgument(
+                    f"{tensor.describe()}: a GPU takes groups of at least {least}; open the bundle "
+                    'with device="cpu", or the checkpoint that it was made from'
+                )
+
     def stored(self) -> dict[str, str]:
         """Formats of the quantized matrices, by FQN."""
         return {
