@@ -178,7 +178,7 @@ def test_small_pieces_give_the_same_bits(
     puts = []
     monkeypatch.setattr(loading, "PIECE_BYTES", 9000)  # an expert, and 64 rows of a matrix
     monkeypatch.setattr(shards, "WINDOW_BYTES", 20000)
-    monkeypatch.setattr(loading, "_dtype_name", lambda t: puts.append(t.nbytes) or "bfloat16")
+    monkeypatch.setattr(loading, "dtype_name", lambda t: puts.append(t.nbytes) or "bfloat16")
     assert torch.equal(logits(path, quantize=quantize), want)
     assert max(puts) <= 9000
     assert len(puts) > 40

@@ -108,6 +108,12 @@ struct PySlot {
   bool resident;
 };
 
+// One tensor that is packed to be written to a file; no model holds it.
+struct PyPacked {
+  std::shared_ptr<WeightHome> home;
+  std::shared_ptr<StoredTensor> tensor;
+};
+
 std::vector<std::string> layer_type_names(const ModelConfig& c) {
   std::vector<std::string> names;
   for (LayerType t : c.layer_types)
@@ -237,6 +243,7 @@ void register_model(py::module_& m) {
                              })
       .def_property_readonly("group", [](const PySlot& s) { return s.slot.spec.group; })
       .def_property_readonly("bytes", [](const PySlot& s) { return s.slot.bytes(); })
+      .def_property_readonly("unit_bytes", [](const PySlot& s) { return s.slot.unit().bytes; })
       .def_readonly("device", &PySlot::device)
       .def_readonly("resident", &PySlot::resident);
 
@@ -261,6 +268,43 @@ void register_model(py::module_& m) {
         return std::pair(layout.fixed_bytes(), layout.bytes_per_token());
       },
       "config"_a, "kv_dtype"_a);
+
+  m.def(
+      "state_buffers",
+      [](const ModelConfig& config, const std::string& kv_dtype) {
+        py::list out;
+        for (const StateBuffer& b :
+             declare_state(config, {0, config.num_hidden_layers}, true, parse_dtype(kv_dtype))
+                 .buffers)
+          out.append(py::make_tuple(b.fqn, dtype_name(b.dtype), b.shape,
+                                    b.kind == BufferKind::per_token ? "per_token" : "fixed"));
+        return out;
+      },
+      "config"_a, "kv_dtype"_a);
+
+  py::class_<PyPacked>(m, "PackedTensor", py::buffer_protocol())
+      .def(py::init([](const PySlot& slot, int threads) {
+             auto home = make_home("cpu", threads);
+             auto memory = home->allocate(slot.slot.bytes());
+             return PyPacked{home, std::make_shared<StoredTensor>(slot.slot, std::move(memory))};
+           }),
+           "slot"_a, py::kw_only(), "threads"_a)
+      .def(
+          "put",
+          [](PyPacked& self, const py::buffer& data, const std::string& dtype, int64_t first) {
+            Span span = memory_of(data, false);
+            py::gil_scoped_release release;
+            self.tensor->put(*self.home,
+                             self.tensor->slot().entries(span.data, span.bytes, parse_dtype(dtype)),
+                             first);
+          },
+          "data"_a, "dtype"_a, "first"_a = 0)
+      .def_buffer([](PyPacked& self) {
+        const TensorSlot& slot = self.tensor->slot();
+        require<Format>(self.tensor->complete(), slot.describe(), " was not packed completely");
+        return py::buffer_info(reinterpret_cast<const uint8_t*>(self.tensor->data()),
+                               static_cast<py::ssize_t>(slot.bytes()));
+      });
 
   py::class_<PyModel>(m, "Model")
       .def(py::init([](const ModelConfig& config, const std::string& recipe,
@@ -306,6 +350,14 @@ void register_model(py::module_& m) {
             self.model->put(fqn, span.data, span.bytes, parse_dtype(dtype), first);
           },
           "fqn"_a, "data"_a, "dtype"_a, "first"_a = 0)
+      .def(
+          "put_packed",
+          [](PyModel& self, const std::string& fqn, const py::buffer& data, size_t at) {
+            Span span = memory_of(data, false);
+            py::gil_scoped_release release;
+            self.model->put_packed(fqn, span.data, span.bytes, at);
+          },
+          "fqn"_a, "data"_a, "at"_a = 0)
       .def(
           "fill_random",
           [](PyModel& self, const std::string& fqn, uint64_t seed) {

@@ -1,6 +1,7 @@
 // Host memory as a home for weights: packs tensors tile by tile on the thread pool.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <mutex>
 #include <string>
 
@@ -44,6 +45,10 @@ class CpuWeightHome : public WeightHome {
     const std::byte* base = from - static_cast<size_t>(first) * row_bytes;
     run(tiles - tile, slot,
         [&](int task) { pack_tiles(to, spec, base, source.dtype, tile + task, tile + task + 1); });
+  }
+
+  void copy_packed(std::byte* to, const TensorSlot&, const std::byte* from, size_t bytes) override {
+    std::memcpy(to, from, bytes);
   }
 
   void fill_random(std::byte* to, const TensorSlot& slot, uint64_t seed) override {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -181,7 +182,7 @@ class CudaWeightHome : public WeightHome {
               " of a vector at once");
       std::vector<std::byte> packed(slot.bytes());
       host_->pack(packed.data(), slot, source, 0);
-      return upload(to, packed);
+      return upload(to, packed.data(), packed.size());
     }
     check_supported(slot);
     if (slot.shape.size() == 3) return pack_experts(to, slot, source, first);
@@ -194,13 +195,29 @@ class CudaWeightHome : public WeightHome {
     stream().synchronize();
   }
 
+  void copy_packed(std::byte* to, const TensorSlot& slot, const std::byte* from,
+                   size_t bytes) override {
+    std::lock_guard lock(mutex_);
+    DeviceGuard guard(device_);
+    if (slot.kind != TensorKind::matrix) return upload(to, from, bytes);
+    check_supported(slot);
+    const size_t tile_bytes = slot.spec.tile_bytes();
+    const size_t step = kChunk / tile_bytes * tile_bytes;
+    for (size_t at = 0; at < bytes; at += step) {
+      const size_t take = std::min(step, bytes - at);
+      send(to + at, slot.spec, take / tile_bytes,
+           [&](std::byte* host) { std::memcpy(host, from + at, take); });
+    }
+    stream().synchronize();
+  }
+
   void fill_random(std::byte* to, const TensorSlot& slot, uint64_t seed) override {
     std::lock_guard lock(mutex_);
     DeviceGuard guard(device_);
     if (slot.kind != TensorKind::matrix) {
       std::vector<std::byte> packed(slot.bytes());
       host_->fill_random(packed.data(), slot, seed);
-      return upload(to, packed);
+      return upload(to, packed.data(), packed.size());
     }
     check_supported(slot);
     const WeightSpec& spec = slot.spec;
@@ -308,15 +325,22 @@ class CudaWeightHome : public WeightHome {
 
   // Packs a whole small tensor and starts it on its way.
   void send(std::byte* to, const TensorSlot& piece, const TensorView& source) {
+    const WeightSpec& spec = piece.spec;
+    send(to, spec, static_cast<size_t>(spec.tiles()) * static_cast<size_t>(spec.count),
+         [&](std::byte* host) { host_->pack(host, piece, source, 0); });
+  }
+
+  // Starts whole tiles on their way that `fill` writes in host order, at most kChunk bytes.
+  template <class Fill>
+  void send(std::byte* to, const WeightSpec& spec, size_t tiles, const Fill& fill) {
     Staging& s = staging();
     const int which = std::exchange(s.next, 1 - s.next);
     s.sent[which].synchronize();  // its last contents have left
-    host_->pack(s.host[which].data(), piece, source, 0);
-    const WeightSpec& spec = piece.spec;
-    QWEN_MOE_CUDA(cudaMemcpyAsync(s.device.data(), s.host[which].data(), spec.bytes(),
+    fill(s.host[which].data());
+    QWEN_MOE_CUDA(cudaMemcpyAsync(s.device.data(), s.host[which].data(), tiles * spec.tile_bytes(),
                                   cudaMemcpyHostToDevice, stream()));
     s.sent[which].record(stream());
-    const auto blocks = static_cast<unsigned>(spec.tiles() * spec.count);
+    const auto blocks = static_cast<unsigned>(tiles);
     const auto* from = reinterpret_cast<const uint4*>(s.device.data());
     auto* out = reinterpret_cast<uint4*>(to);
     auto launch = [&](auto* kernel) {
@@ -330,8 +354,8 @@ class CudaWeightHome : public WeightHome {
     }
   }
 
-  void upload(std::byte* to, const std::vector<std::byte>& from) {
-    QWEN_MOE_CUDA(cudaMemcpyAsync(to, from.data(), from.size(), cudaMemcpyHostToDevice, stream()));
+  void upload(std::byte* to, const std::byte* from, size_t bytes) {
+    QWEN_MOE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream()));
     stream().synchronize();
   }
 

@@ -68,18 +68,20 @@ size_t Model::bytes() const {
 
 void Model::put(const std::string& fqn, const void* data, size_t bytes, DType dtype,
                 int64_t first) {
-  const TensorSlot& slot = entry(fqn).tensor->slot();
-  Shape piece = slot.shape;
-  piece[0] = 1;
-  size_t entry_bytes = static_cast<size_t>(num_elements(piece)) * dtype_size(dtype);
-  require<Format>(bytes % entry_bytes == 0 && bytes > 0, fqn, ": ", bytes, " bytes of ",
-                  dtype_name(dtype), " are not whole entries of ", entry_bytes, " bytes, shape ",
-                  to_string(slot.shape));
-  piece[0] = static_cast<int64_t>(bytes / entry_bytes);
+  const TensorView source = entry(fqn).tensor->slot().entries(data, bytes, dtype);
   auto [begin, end] = index_.equal_range(fqn);
   for (auto it = begin; it != end; ++it) {
     const Entry& e = entries_[it->second];
-    e.tensor->put(*homes_[static_cast<size_t>(e.shard)], {data, dtype, piece}, first);
+    e.tensor->put(*homes_[static_cast<size_t>(e.shard)], source, first);
+  }
+}
+
+void Model::put_packed(const std::string& fqn, const void* data, size_t bytes, size_t at) {
+  entry(fqn);
+  auto [begin, end] = index_.equal_range(fqn);
+  for (auto it = begin; it != end; ++it) {
+    const Entry& e = entries_[it->second];
+    e.tensor->put_packed(*homes_[static_cast<size_t>(e.shard)], data, bytes, at);
   }
 }
 

@@ -33,6 +33,8 @@ class Model {
   size_t bytes() const;
 
   void put(const std::string& fqn, const void* data, size_t bytes, DType dtype, int64_t first);
+  // Bytes [at, at + bytes) of the tensor as a host packs it.
+  void put_packed(const std::string& fqn, const void* data, size_t bytes, size_t at);
   void fill_random(const std::string& fqn, uint64_t seed);
   void finish() const;  // Format naming the first incomplete tensor
 

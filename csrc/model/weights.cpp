@@ -1,5 +1,6 @@
 #include "model/weights.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace qwen_moe {
@@ -13,6 +14,22 @@ std::string TensorSlot::describe() const {
   if (kind != TensorKind::matrix) return concat(fqn, " ", to_string(shape), " float32");
   return concat(fqn, " ", to_string(shape), " ", format_name(spec.format),
                 spec.group ? concat(" group ", spec.group) : "", spec.has_zero ? " with zero" : "");
+}
+
+TensorSlot::Unit TensorSlot::unit() const {
+  if (kind != TensorKind::matrix) return {shape[0], bytes()};
+  if (shape.size() == 3) return {1, spec.matrix_bytes()};
+  return {kTile, spec.tile_bytes()};
+}
+
+TensorView TensorSlot::entries(const void* data, size_t bytes, DType dtype) const {
+  Shape piece = shape;
+  piece[0] = 1;
+  const size_t each = static_cast<size_t>(num_elements(piece)) * dtype_size(dtype);
+  require<Format>(bytes % each == 0 && bytes > 0, fqn, ": ", bytes, " bytes of ", dtype_name(dtype),
+                  " are not whole entries of ", each, " bytes, shape ", to_string(shape));
+  piece[0] = static_cast<int64_t>(bytes / each);
+  return {data, dtype, piece};
 }
 
 namespace {
@@ -132,11 +149,34 @@ void StoredTensor::put(WeightHome& home, const TensorView& source, int64_t first
   require(first >= 0 && first + entries <= slot_.shape[0], slot_.fqn, ": entries ", first, " to ",
           first + entries, " of a leading dimension of ", slot_.shape[0]);
   std::lock_guard lock(mutex_);
-  bool absent = false;
-  for (int64_t i = first; i < first + entries; ++i) absent |= !filled_[static_cast<size_t>(i)];
-  if (!absent) return;
+  if (!any_absent(first, first + entries)) return;
   home.pack(data_.get(), slot_, source, first);
-  for (int64_t i = first; i < first + entries; ++i) {
+  mark(first, first + entries);
+}
+
+void StoredTensor::put_packed(WeightHome& home, const void* data, size_t bytes, size_t at) {
+  const TensorSlot::Unit unit = slot_.unit();
+  require<Format>(at % unit.bytes == 0 && bytes % unit.bytes == 0 && bytes > 0 &&
+                      at <= slot_.bytes() && bytes <= slot_.bytes() - at,
+                  slot_.describe(), ": packed bytes ", at, " to ", at + bytes,
+                  " are not whole units of ", unit.bytes, " of the tensor's ", slot_.bytes());
+  const int64_t first = static_cast<int64_t>(at / unit.bytes) * unit.entries;
+  const int64_t end =
+      std::min(first + static_cast<int64_t>(bytes / unit.bytes) * unit.entries, slot_.shape[0]);
+  std::lock_guard lock(mutex_);
+  if (!any_absent(first, end)) return;
+  home.copy_packed(data_.get() + at, slot_, static_cast<const std::byte*>(data), bytes);
+  mark(first, end);
+}
+
+bool StoredTensor::any_absent(int64_t first, int64_t end) const {
+  bool absent = false;
+  for (int64_t i = first; i < end; ++i) absent |= !filled_[static_cast<size_t>(i)];
+  return absent;
+}
+
+void StoredTensor::mark(int64_t first, int64_t end) {
+  for (int64_t i = first; i < end; ++i) {
     missing_ -= !filled_[static_cast<size_t>(i)];
     filled_[static_cast<size_t>(i)] = true;
   }

@@ -38,6 +38,15 @@ struct TensorSlot {
 
   size_t bytes() const;
   std::string describe() const;
+
+  // What packed bytes divide into: an expert, a tile of a plain matrix, or all of a vector.
+  struct Unit {
+    int64_t entries;  // of the leading dimension
+    size_t bytes;
+  };
+  Unit unit() const;
+  // `bytes` of a checkpoint as whole entries of the leading dimension.
+  TensorView entries(const void* data, size_t bytes, DType dtype) const;
 };
 
 // What a checkpoint that is quantized already says of its matrices.
@@ -62,6 +71,9 @@ class WeightHome {
   // Packs entries [first, first + source.shape[0]) of the leading dimension.
   virtual void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
                     int64_t first) = 0;
+  // Takes whole units of a tensor that a host's home packed; `to` is where the first belongs.
+  virtual void copy_packed(std::byte* to, const TensorSlot& slot, const std::byte* from,
+                           size_t bytes) = 0;
   virtual void fill_random(std::byte* to, const TensorSlot& slot, uint64_t seed) = 0;
 };
 
@@ -77,9 +89,14 @@ class StoredTensor {
 
   // Entries that are already there are skipped, so that two engines may load at once.
   void put(WeightHome& home, const TensorView& source, int64_t first);
+  // Bytes [at, at + bytes) of the packed tensor in host order, whole units.
+  void put_packed(WeightHome& home, const void* data, size_t bytes, size_t at);
   void fill_random(WeightHome& home, uint64_t seed);
 
  private:
+  bool any_absent(int64_t first, int64_t end) const;
+  void mark(int64_t first, int64_t end);
+
   TensorSlot slot_;
   std::shared_ptr<std::byte> data_;
   mutable std::mutex mutex_;

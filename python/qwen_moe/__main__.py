@@ -1,4 +1,4 @@
-"""The command line: `qwen-moe generate | chat | bench | eval | info`."""
+"""The command line: `qwen-moe generate | chat | quantize | bench | eval | info`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_moe import bench, chat, evaluate, info
+from qwen_moe import bench, chat, evaluate, info, quantize
 from qwen_moe.engine import EMBEDDED, Engine
 from qwen_moe.errors import Error, InvalidArgument
 from qwen_moe.sampling import SamplingParams, recommended
@@ -81,6 +81,15 @@ def _parser() -> argparse.ArgumentParser:
     add_engine_arguments(talk)
     add_sampling_arguments(talk, max_tokens=512)
     talk.set_defaults(run=_run_chat)
+
+    pack = commands.add_parser(
+        "quantize",
+        help="pack a checkpoint once, to load it faster",
+        description="Write the checkpoint SRC, packed, to the directory OUT. It opens like SRC, "
+        "needs no packing and gives the same replies as SRC with --quantize.",
+    )
+    quantize.add_arguments(pack)
+    pack.set_defaults(run=quantize.run)
 
     measure = commands.add_parser(
         "bench",

@@ -119,6 +119,9 @@ class TensorSlot:
     @property
     def bytes(self) -> int: ...
     @property
+    def unit_bytes(self) -> int:
+        """What `bytes` divides into: an expert, 16 output features, or all of a vector."""
+    @property
     def device(self) -> str: ...
     @property
     def resident(self) -> bool:
@@ -141,6 +144,20 @@ def plan(
 
 def session_bytes(config: ModelConfig, kv_dtype: str) -> tuple[int, int]:
     """(bytes of one session at any length, bytes more per token of context)."""
+
+def state_buffers(config: ModelConfig, kv_dtype: str) -> list[tuple[str, str, list[int], str]]:
+    """The mutable buffers of a session: name, dtype, shape, and "fixed" or "per_token" (the shape
+    is then that of one token)."""
+
+@final
+class PackedTensor:
+    """One tensor packed as a CPU holds it, for a file. As a buffer it gives its bytes; BufferError
+    while entries are missing."""
+
+    def __init__(self, slot: TensorSlot, *, threads: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def put(self, data: Buffer, dtype: str, first: int = 0) -> None:
+        """As `Model.put`."""
 
 @final
 class Model:
@@ -177,6 +194,8 @@ class Model:
         the leading dimension starting at `first` (for experts: expert `first`, first + 1, ...).
         Of dtype "coded" every weight is an int16 code and the f16 scale of its group; a quantized
         tensor then keeps both as they are."""
+    def put_packed(self, fqn: str, data: Buffer, at: int = 0) -> None:
+        """Bytes of `PackedTensor` from byte `at`, whole units; a GPU puts them in its own order."""
     def fill_random(self, fqn: str, seed: int) -> None: ...
     def finish(self) -> None:
         """Every tensor is complete, or FormatError naming the first that is not."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe import _core
+from qwen_moe.bundle import MANIFEST, Bundle
 from qwen_moe.config import load_json, parse_config, quantization_config, text_config
 from qwen_moe.errors import FormatError, InvalidArgument
 from qwen_moe.formats import METHODS, gguf, gguf_model, gguf_tokenizer, quant_method
@@ -40,9 +41,10 @@ class Checkpoint:
         config: The model's dimensions.
         dtype: Of the large matrices: bfloat16, float16 or float32.
         quantization: How the checkpoint is quantized: fp8, gptq, gguf, ...; None when it is not.
+        bundle: What the directory holds packed already; None when it is a checkpoint.
         dummy: Weights are to be random; no file is read.
-        tensors: Of the files, by name without the prefix; empty for a dummy.
-        weights: That these tensors make up, by FQN; empty for a dummy.
+        tensors: Of the files, by name without the prefix; empty for a dummy and for a bundle.
+        weights: That these tensors make up, by FQN; empty for a dummy and for a bundle.
     """
 
     def __init__(self, path: str | Path, load_format: str = "auto") -> None:
@@ -62,6 +64,7 @@ class Checkpoint:
             )
         self.path = Path(path)
         self.dummy = load_format == "dummy"
+        self.bundle: Bundle | None = None
         self.tensors: dict[str, StoredTensor] = {}
         self.weights: dict[str, Weight] = {}
         self._shards: list[Path] = []
@@ -85,7 +88,11 @@ class Checkpoint:
         settings = quantization_config(raw)
         self.quantization = quant_method(settings, str(file))
         self.dtype = _config_dtype(raw, file)
-        if not self.dummy:
+        if not self.dummy and (self.path / MANIFEST).is_file():
+            self.bundle = Bundle(self.path, self.config)
+            self.dtype = self.bundle.dtype
+            self._shards = self.bundle.files
+        elif not self.dummy:
             self._read_headers()
             self.weights.update(self.tensors)
             if self.quantization is not None:
@@ -127,6 +134,17 @@ class Checkpoint:
                 return Tokenizer(self.folder)
             raise
 
+    def recipe(self, quantize: str | None = None) -> str:
+        """The recipe that `quantize` means: a bundle's own where it is None, else "none".
+
+        Raises:
+            InvalidArgument: The bundle has another one.
+        """
+        if self.bundle is None:
+            return quantize or "none"
+        self.bundle.check_recipe(quantize or self.bundle.recipe)
+        return self.bundle.recipe
+
     @property
     def identity(self) -> str:
         """Says which files these are: paths, sizes, modification times and the config.
@@ -145,10 +163,13 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Says what the files hold, wherever they lie: headers and samples of every shard.
 
-        A saved session names it, so a copied or moved checkpoint still opens it.
+        A saved session names it, so a copied or moved checkpoint still opens it, and a bundle has
+        that of its source.
         """
         if self.dummy:
             return self.identity
+        if self.bundle is not None:  # the same recipe gives the same bits
+            return self.bundle.source
         digest = hashlib.sha256(self.config.hash.encode())
         try:
             for shard in self._shards:

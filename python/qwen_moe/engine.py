@@ -83,14 +83,14 @@ class Engine:
 
         Args:
             path: A local Hugging Face directory, also one that is quantized already (FP8, GPTQ,
-                AWQ, compressed-tensors), or a GGUF file; None opens the small model inside the
-                package.
+                AWQ, compressed-tensors), a bundle of `qwen-moe quantize`, or a GGUF file; None
+                opens the small model inside the package.
             device: "cpu", "cuda", "cuda:1", or "auto", which takes CUDA when there is some.
             devices: Instead of `device`: spread contiguous spans of layers over several.
             split: The first layer of every device but the first; None shares layers out evenly.
             quantize: Pack weights that are not int4 or int8 already: "int8", "int4" (large
                 matrices int4, the small ones that every token passes int8), "int4-all", or None to
-                keep the checkpoint's.
+                keep the checkpoint's. A bundle has one recipe: None or that.
             max_sessions: Sessions that may be open at once.
             max_context: Tokens that one session holds at most. None takes 4096, or what the model
                 allows when that is less.
@@ -127,7 +127,8 @@ class Engine:
         self._checkpoint = Checkpoint(self.path, load_format)
         self.config = self._checkpoint.config
         self.devices = resolve_devices(device, devices)
-        self.quantize = quantize
+        recipe = self._checkpoint.recipe(quantize)
+        self.quantize = None if recipe == "none" else recipe
         self.kv_dtype = kv_dtype
         self.max_context = _context(max_context, self.config.max_position_embeddings)
         self._tokenizer: Tokenizer | None = None

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from qwen_moe import _core
+from qwen_moe.bundle import MANIFEST
 from qwen_moe.checkpoint import Checkpoint
 from qwen_moe.engine import DEFAULT_CONTEXT, EMBEDDED, KV_DTYPES
 from qwen_moe.plan import plan
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print what there is to know without loading anything."""
     checkpoint = Checkpoint(args.path, "dummy")
-    if checkpoint.quantization is not None:  # only its tensors say which stay as they are
+    packed = (args.path / MANIFEST).is_file()
+    if checkpoint.quantization is not None or packed:  # only its tensors say which stay as they are
         checkpoint = Checkpoint(args.path)
     config = checkpoint.config
     print(f"{args.path}\n")
@@ -50,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     session = fixed + per_token * context
     print(f"memory available here: {size(available)}\n")
     print(f"{'quantize':10} {'weights':>10}  fits here, with {KV_DTYPES[0]} KV")
-    for recipe in RECIPES:
+    recipes = RECIPES if checkpoint.bundle is None else (checkpoint.recipe(),)
+    for recipe in recipes:
         weights = weight_bytes(checkpoint, recipe)
         sessions = (available - weights) // session
         fits = f"{sessions:,} sessions of {context} tokens" if sessions > 0 else "no"

@@ -49,7 +49,8 @@ def load(
     """
     found = plan(checkpoint, recipe, devices)
     sources, stored = found.sources, found.stored
-    report(checkpoint, found)
+    if checkpoint.bundle is None:
+        report(checkpoint, found)
     model = _core.Model(
         config=checkpoint.config,
         recipe=recipe,
@@ -66,27 +67,50 @@ def load(
         if not slot.resident:
             needed[slot.fqn] = slot
     total = sum(_bytes(sources, stored, slot) for slot in needed.values())
-    with _bar(total, recipe, progress) as bar, Shards() as shards:
-        for fqn, slot in needed.items():
-            if checkpoint.dummy:
-                model.fill_random(fqn, _seed(fqn))
-                bar.update(slot.bytes)
-                continue
-            weight, coded = sources[fqn], fqn in stored
-            for piece in _pieces(shards, slot, weight, coded):
-                first, data = piece
-                dtype = "coded" if coded else _dtype_name(data)
-                try:
-                    model.put(fqn, data.view(torch.uint8).numpy().data, dtype, first)
-                except FormatError as error:
-                    raise FormatError(f"{weight.file}: {error}") from error
-                bar.update(data.nbytes)
-                del piece, data  # the shard stays mapped while a tensor refers to it
+    label = "loading" if recipe == "none" else f"loading as {recipe}"
+    with progress_bar(total, label, progress) as bar:
+        if checkpoint.bundle is not None:
+            checkpoint.bundle.check(model.slots)  # a GPU may ask for another layout than the plan
+            steps = checkpoint.bundle.put(model, needed.values(), threads)
+        elif checkpoint.dummy:
+            steps = _fill_random(model, needed)
+        else:
+            steps = _pack(model, needed, sources, stored)
+        for count in steps:
+            bar.update(count)
     model.finish()
     return model
 
 
-def _pieces(
+def _fill_random(model: _core.Model, needed: Mapping[str, _core.TensorSlot]) -> Iterator[int]:
+    """Yields the bytes of every tensor that is done."""
+    for fqn, slot in needed.items():
+        model.fill_random(fqn, _seed(fqn))
+        yield slot.bytes
+
+
+def _pack(
+    model: _core.Model,
+    needed: Mapping[str, _core.TensorSlot],
+    sources: Mapping[str, Weight],
+    stored: Mapping[str, str],
+) -> Iterator[int]:
+    """Yields the bytes of every piece that is done."""
+    with Shards() as shards:
+        for fqn, slot in needed.items():
+            weight, coded = sources[fqn], fqn in stored
+            for piece in pieces(shards, slot, weight, coded):
+                first, data = piece
+                dtype = "coded" if coded else dtype_name(data)
+                try:
+                    model.put(fqn, data.view(torch.uint8).numpy().data, dtype, first)
+                except FormatError as error:
+                    raise FormatError(f"{weight.file}: {error}") from error
+                yield data.nbytes
+                del piece, data  # the shard stays mapped while a tensor refers to it
+
+
+def pieces(
     shards: Shards, slot: _core.TensorSlot, weight: Weight, coded: bool
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(first entry, contiguous tensor of whole entries), in order."""
@@ -100,7 +124,8 @@ def _pieces(
         yield begin, read(shards, begin, end)
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
+def dtype_name(tensor: torch.Tensor) -> str:
+    """The core's name of a dtype: bfloat16, ..."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -114,8 +139,8 @@ def _bytes(sources: Mapping[str, Weight], stored: Mapping[str, str], slot: _core
     return slot.shape[0] * entry_bytes(sources[slot.fqn], coded=slot.fqn in stored)
 
 
-def _bar(total: int, recipe: str, progress: bool | None) -> Any:  # noqa: ANN401 - tqdm is untyped
+def progress_bar(total: int, label: str, progress: bool | None) -> Any:  # noqa: ANN401 - untyped
+    """Of `total` bytes on stderr; None shows it on a terminal."""
     show = sys.stderr.isatty() if progress is None else progress
     options = {} if show else {"disable": True}  # else TQDM_DISABLE decides
-    label = "loading" if recipe == "none" else f"loading as {recipe}"
     return tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, **options)

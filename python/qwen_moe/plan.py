@@ -21,7 +21,7 @@ class Plan:
 
     Attributes:
         slots: In reading order, as the core holds them.
-        sources: Where each comes from, by FQN; empty for a dummy.
+        sources: Where each comes from, by FQN; empty for a dummy and for a bundle.
         stored: Format of the matrices whose codes and scales are kept, by FQN.
         group: The most input features that share a scale.
     """
@@ -45,11 +45,19 @@ def plan(checkpoint: Checkpoint, recipe: str, devices: Sequence[str]) -> Plan:
         InvalidArgument: A matrix cannot have the format that the recipe asks for.
     """
     config, dtype = checkpoint.config, checkpoint.dtype
+    least = GROUPS[-1] if all(device == "cpu" for device in devices) else GPU_GROUP
+    if checkpoint.bundle is not None:
+        packed = checkpoint.bundle
+        packed.check_recipe(recipe)
+        packed.check_group(least)
+        stored = packed.stored()
+        slots = _core.plan(config, recipe, dtype, stored=stored, group=packed.group)
+        packed.check(slots)
+        return Plan(slots, {}, stored, packed.group)
     slots = _core.plan(config, recipe, dtype)
     if checkpoint.dummy:
         return Plan(slots, {}, {}, GROUPS[0])
     sources = checkpoint.sources(slots)
-    least = GROUPS[-1] if all(device == "cpu" for device in devices) else GPU_GROUP
     found = {fqn: weight.codes for fqn, weight in sources.items()}
     codes = {fqn: c for fqn, c in found.items() if c is not None and c.group >= least}
     if not codes:

@@ -166,6 +166,13 @@ TEST_F(CudaWeights, HoldWhatTheHostHolds) {
     }
     expect_same(slot, expected, read(stored.get(), slot.bytes()));
     if (HasFailure()) return;
+    // What the host packed already, in two pieces of whole units, ends as the same bytes.
+    const auto copied = allocate(slot.bytes());
+    const size_t unit = slot.unit().bytes, half = slot.bytes() / unit / 2 * unit;
+    if (half > 0) home_->copy_packed(copied.get(), slot, expected.data(), half);
+    home_->copy_packed(copied.get() + half, slot, expected.data() + half, slot.bytes() - half);
+    EXPECT_EQ(read(copied.get(), slot.bytes()), read(stored.get(), slot.bytes()))
+        << slot.describe();
   }
 }
 
@@ -181,6 +188,9 @@ TEST_F(CudaWeights, VectorsAreThoseOfTheHost) {
     host_->pack(expected.data(), slot, view, 0);
     home_->pack(stored.get(), slot, view, 0);
     EXPECT_EQ(read(stored.get(), slot.bytes()), expected);
+    const auto copied = allocate(slot.bytes());
+    home_->copy_packed(copied.get(), slot, expected.data(), slot.bytes());
+    EXPECT_EQ(read(copied.get(), slot.bytes()), expected);
     host_->fill_random(expected.data(), slot, 3);
     home_->fill_random(stored.get(), slot, 3);
     EXPECT_EQ(read(stored.get(), slot.bytes()), expected);

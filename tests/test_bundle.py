@@ -1,0 +1,516 @@
+"""Bundles: a checkpoint packed once. Same bits as packing while loading; every defect is named."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import foreign
+import qwen_moe
+from qwen_moe import _core, bundle, bundle_writer, loading, quantize
+from qwen_moe.__main__ import main
+from qwen_moe.bundle import MANIFEST
+from qwen_moe.checkpoint import Checkpoint
+from qwen_moe.plan import plan
+
+TINY = foreign.TINY
+WRITTEN = {MANIFEST, "packed-00001-of-00001.safetensors"}
+RECIPES = ("int8", "int4", "int4-all")
+IDS = list(range(3, 90))
+
+
+def open_cpu(path: Path, **settings: Any) -> qwen_moe.Engine:
+    defaults = {"device": "cpu", "max_sessions": 1, "max_context": 128, "kv_dtype": "float32"}
+    return qwen_moe.Engine(path, **(defaults | settings))
+
+
+def logits(path: Path, **settings: Any) -> torch.Tensor:
+    """[2, vocab]: after prefill, and after a decode step."""
+    with open_cpu(path, **settings) as engine, engine.session() as session:
+        session.prefill(IDS)
+        rows = [session.logits.clone()]
+        session.prefill([7])
+        return torch.stack([*rows, session.logits])
+
+
+def written(out: Path, recipe: str = "int4", source: Path = TINY, **settings: Any) -> Path:
+    quantize.quantize(source, out, recipe=recipe, **settings)
+    return out
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("bundle") / "int4")
+
+
+@pytest.fixture
+def packed(original: Path, tmp_path: Path) -> Path:
+    """A bundle that the test may damage."""
+    return Path(shutil.copytree(original, tmp_path / "int4"))
+
+
+def edit(path: Path, change: Callable[[dict], Any]) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    change(manifest)
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+def names(path: Path) -> list[str]:
+    return sorted(file.name for file in path.iterdir())
+
+
+def refused(path: Path, error: type[Exception], *words: str, **settings: Any) -> None:
+    with pytest.raises(error) as caught, open_cpu(path, **settings):
+        pass
+    for word in words:
+        assert re.search(word, str(caught.value)), str(caught.value)
+
+
+# --- What it holds --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_bundle_gives_the_bits_of_packing_while_loading(tmp_path: Path, recipe: str) -> None:
+    out = written(tmp_path / "out", recipe)
+    want = logits(TINY, quantize=recipe)
+    assert names(TINY) == sorted({*names(out), "README.md", "model.safetensors"} - WRITTEN)
+    assert torch.equal(logits(out), want)
+    assert torch.equal(logits(out, quantize=recipe), want)
+    assert not torch.equal(want, logits(TINY))
+
+
+def test_codes_that_a_checkpoint_has_stay_as_they_are(tmp_path: Path) -> None:
+    source = foreign.write(tmp_path / "gptq", foreign.tiny(), foreign.GPTQ, foreign.gptq()).path
+    out = written(tmp_path / "out", "int8", source)
+    assert torch.equal(logits(out), logits(source, quantize="int8"))
+    assert "quantization_config" in json.loads((source / "config.json").read_text())
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+def test_loading_packs_nothing(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pack(*args: Any) -> Any:
+        raise AssertionError("a bundle is copied")
+
+    monkeypatch.setattr(loading, "_pack", pack)
+    with open_cpu(original) as engine:
+        assert engine.quantize == engine.recipe == "int4"
+        assert engine.memory["weights"] == sum(
+            tensor["bytes"]
+            for tensor in json.loads((original / MANIFEST).read_text())["tensors"].values()
+        )
+
+
+def test_tensors_larger_than_a_piece_come_in_several(
+    original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "PIECE_BYTES", 5000)
+    assert torch.equal(logits(original), logits(TINY, quantize="int4"))
+
+
+def test_layers_may_be_on_several_devices(original: Path) -> None:
+    split = logits(original, device="auto", devices=["cpu", "cpu"], split=[2])
+    assert torch.equal(split, logits(TINY, quantize="int4"))
+
+
+def test_tensors_are_shared_out_among_files(
+    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle_writer, "SHARD_BYTES", 1 << 20)
+    out = written(tmp_path / "out")
+    files = sorted(out.glob("packed-*.safetensors"))
+    assert len(files) > 3
+    assert files[0].name == f"packed-00001-of-{len(files):05}.safetensors"
+    # The first holds the embedding alone, which is larger.
+    assert all(file.stat().st_size < (1 << 20) + 20000 for file in files[1:])
+    assert torch.equal(logits(out), logits(original))
+
+
+def test_the_manifest_says_what_there_is(original: Path) -> None:
+    manifest = json.loads((original / MANIFEST).read_text())
+    assert manifest["source"] == Checkpoint(TINY).fingerprint
+    config = Checkpoint(TINY).config
+    fixed = [b for b in manifest["state"] if b["kind"] == "fixed"]
+    elements = sum(torch.Size(b["shape"]).numel() for b in fixed)
+    assert elements * 4 == _core.session_bytes(config, "bfloat16")[0]
+    experts = manifest["tensors"]["layers.0.mlp.experts.gate_up_proj"]
+    assert experts["format"] == "int4"
+    assert experts["shape"][0] == config.num_experts
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+    most = 0
+
+    class Held(bytearray):
+        def __del__(self) -> None:
+            alive.pop()
+
+    def packed(*args: Any) -> Held:
+        nonlocal most
+        alive.append(1)
+        most = max(most, len(alive))
+        return Held(inner(*args))
+
+    inner = quantize._packed
+    monkeypatch.setattr(quantize, "_packed", packed)
+    written(tmp_path / "out")
+    assert (most, alive) == (1, [])
+
+
+def test_a_saved_session_goes_on_with_the_source(tmp_path: Path, original: Path) -> None:
+    with open_cpu(TINY, quantize="int4") as engine, engine.session() as session:
+        session.prefill(IDS)
+        session.save(tmp_path / "session")
+        want = session.logits.clone()
+    with open_cpu(original) as engine, engine.restore(tmp_path / "session") as session:
+        assert torch.equal(session.logits, want)
+        assert engine.fingerprint == Checkpoint(TINY).fingerprint
+    with (
+        open_cpu(TINY, quantize="int8") as engine,
+        pytest.raises(qwen_moe.InvalidArgument, match="recipe"),
+    ):
+        engine.restore(tmp_path / "session")
+
+
+def test_another_file_is_another_identity(original: Path, packed: Path) -> None:
+    assert Checkpoint(packed).identity != Checkpoint(original).identity
+    assert Checkpoint(packed).identity == Checkpoint(packed).identity
+    assert Checkpoint(packed).identity != Checkpoint(TINY).identity
+
+
+# --- What is refused ------------------------------------------------------------
+
+
+def test_a_newer_version_is_refused(packed: Path) -> None:
+    edit(packed, lambda m: m.update(version=bundle.VERSION + 1, tensors="of another kind"))
+    refused(packed, qwen_moe.FormatError, "of version 2", "reads version 1", "update the engine")
+
+
+@pytest.mark.parametrize("fqn", ["layers.0.mlp.experts.down_proj", "layers.1.linear_attn.A_log"])
+def test_a_flipped_bit_names_tensor_and_file(packed: Path, fqn: str) -> None:
+    tensor = Checkpoint(packed).bundle.tensors[fqn]  # type: ignore[union-attr]
+    with tensor.file.open("r+b") as file:
+        file.seek(tensor.offset + tensor.bytes // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 16]))
+    refused(packed, qwen_moe.FormatError, re.escape(fqn), tensor.file.name, "checksum")
+
+
+def test_damage_in_an_early_piece_leaves_the_tensor_incomplete(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another engine that loads the same bundle meanwhile must not take such a tensor for complete.
+    monkeypatch.setattr(bundle, "PIECE_BYTES", 5000)
+    checkpoint = Checkpoint(packed)
+    assert checkpoint.bundle is not None
+    tensor = checkpoint.bundle.tensors["layers.0.mlp.experts.down_proj"]
+    with tensor.file.open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(b"\xff\xff\xff\xff")
+    model = _core.Model(
+        config=checkpoint.config,
+        recipe="int4",
+        dtype=checkpoint.dtype,
+        checkpoint=checkpoint.identity,
+        devices=["cpu"],
+        split=[],
+        threads=1,
+    )
+    slot = next(slot for slot in model.slots if slot.fqn == tensor.fqn)
+    assert slot.unit_bytes * slot.shape[0] == slot.bytes > 5000
+    with pytest.raises(qwen_moe.FormatError, match="checksum"):
+        list(checkpoint.bundle.put(model, [slot], 1))
+    assert not next(slot for slot in model.slots if slot.fqn == tensor.fqn).resident
+
+
+def test_missing_and_truncated_files_are_named(packed: Path) -> None:
+    shard = next(packed.glob("packed-*"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2])
+    refused(packed, qwen_moe.FormatError, shard.name)
+    shard.unlink()
+    refused(packed, qwen_moe.FormatError, shard.name, "no such file")
+
+
+def test_a_file_that_shrinks_while_open_is_named(packed: Path) -> None:
+    checkpoint = Checkpoint(packed)
+    shard = next(packed.glob("packed-*"))
+    os.truncate(shard, shard.stat().st_size - 100)
+    with pytest.raises(qwen_moe.FormatError, match=r"lm_head.weight.*ends within"):
+        loading.load(checkpoint, recipe="int4", devices=["cpu"], split=[], threads=2)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4-all"])
+def test_another_recipe_is_refused(original: Path, recipe: str) -> None:
+    refused(original, qwen_moe.InvalidArgument, "packed as int4", recipe, quantize=recipe)
+
+
+def test_groups_that_a_gpu_does_not_take_are_refused(tmp_path: Path) -> None:
+    source = foreign.write(
+        tmp_path / "gptq", foreign.tiny(), foreign.GPTQ | {"group_size": 32}, foreign.gptq(group=32)
+    ).path
+    out = written(tmp_path / "out", "int4", source)
+    assert torch.equal(logits(out), logits(source, quantize="int4"))
+    with pytest.raises(qwen_moe.InvalidArgument, match=r"group 32 in .*groups of at least 64"):
+        plan(Checkpoint(out), "int4", ["cuda:0"])
+
+
+def test_a_layout_of_another_device_is_refused(original: Path) -> None:
+    checkpoint = Checkpoint(original)
+    assert checkpoint.bundle is not None
+    checkpoint.bundle.check(_core.plan(checkpoint.config, "int4", "bfloat16"))
+    # As many bytes, so only the format tells them apart.
+    with pytest.raises(qwen_moe.FormatError, match=r"embed_tokens.*bf16.*needs.*as f16"):
+        checkpoint.bundle.check(_core.plan(checkpoint.config, "int4", "float16"))
+
+
+def drop(manifest: dict) -> None:
+    del manifest["tensors"]["norm.weight"]
+
+
+def regroup(manifest: dict) -> None:
+    manifest["tensors"]["lm_head.weight"]["group"] = 64
+
+
+def resize(manifest: dict) -> None:
+    manifest["tensors"]["norm.weight"]["bytes"] -= 4
+
+
+def misplace(manifest: dict) -> None:
+    manifest["tensors"]["norm.weight"]["file"] = "../other.safetensors"
+
+
+def unsum(manifest: dict) -> None:
+    manifest["tensors"]["norm.weight"]["crc32"] = "no sum"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop, "missing: norm.weight"),
+        (regroup, "lm_head.weight.*group 64.*needs.*group 128"),
+        (resize, "norm.weight there"),
+        (misplace, "no file name"),
+        (unsum, "norm.weight.*no sum"),
+        (lambda m: m.update(config="0" * 16), "config.json: its hash"),
+        (lambda m: m["state"].pop(), "mutable buffers"),
+        (lambda m: m.update(format="other"), "format is 'other'"),
+        (lambda m: m.pop("group"), "group must be int"),
+        (lambda m: m.update(tensors=[]), "tensors must be dict"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(
+    packed: Path, change: Callable[[dict], Any], words: str
+) -> None:
+    edit(packed, change)
+    refused(packed, qwen_moe.FormatError, words)
+
+
+def test_packed_bytes_must_be_whole_units(original: Path) -> None:
+    checkpoint = Checkpoint(original)
+    model = _core.Model(
+        config=checkpoint.config,
+        recipe="int4",
+        dtype=checkpoint.dtype,
+        checkpoint="units",
+        devices=["cpu"],
+        split=[],
+        threads=1,
+    )
+    slot = next(slot for slot in model.slots if slot.fqn == "lm_head.weight")
+    unit = slot.unit_bytes
+    for size, at in ((unit - 1, 0), (unit, 1), (unit, slot.bytes), (0, 0), (2 * slot.bytes, 0)):
+        with pytest.raises(qwen_moe.FormatError, match="whole units"):
+            model.put_packed(slot.fqn, bytes(size), at)
+    with pytest.raises(qwen_moe.InvalidArgument, match="no tensor named"):
+        model.put_packed("other.weight", bytes(unit))
+    with pytest.raises(BufferError):  # nothing was put yet
+        memoryview(_core.PackedTensor(slot, threads=1))
+
+
+# --- Writing --------------------------------------------------------------------
+
+
+def assert_nothing_there(out: Path) -> None:
+    assert list(out.parent.iterdir()) == []
+
+
+def fail_after(monkeypatch: pytest.MonkeyPatch, tensors: int, error: BaseException) -> None:
+    count = iter(range(tensors))
+    write = bundle_writer.ShardWriter.write
+
+    def failing(self: bundle_writer.ShardWriter, data: memoryview) -> None:
+        if next(count, None) is None:
+            raise error
+        write(self, data)
+
+    monkeypatch.setattr(bundle_writer.ShardWriter, "write", failing)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_after(monkeypatch, 20, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(qwen_moe.InvalidArgument, match="No space left on device"):
+        written(tmp_path / "out")
+    assert_nothing_there(tmp_path / "out")
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path: Path) -> None:
+    with file_limit(4 << 20), pytest.raises(qwen_moe.InvalidArgument, match="File too large"):
+        written(tmp_path / "out")
+    assert_nothing_there(tmp_path / "out")
+
+
+def test_no_room_is_said_before_anything_is_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    fail_after(monkeypatch, 0, AssertionError("it began"))
+    with pytest.raises(qwen_moe.InvalidArgument, match=r"8\.3 MiB.*1\.0 MiB"):
+        written(tmp_path / "out")
+    assert_nothing_there(tmp_path / "out")
+
+
+def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_after(monkeypatch, 20, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path / "out")
+    assert_nothing_there(tmp_path / "out")
+
+
+@pytest.mark.parametrize("tensors", [0, 20])
+def test_what_a_killed_run_leaves_does_not_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: int
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            shutil, "rmtree", lambda *args, **kwargs: None
+        )  # a killed run cleans nothing
+        fail_after(patched, tensors, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            written(out)
+    assert (partial / "config.json").is_file()
+    assert not out.exists()
+    refused(partial, qwen_moe.FormatError, "holds neither")
+    written(out)  # and the next run begins anew
+    assert names(tmp_path) == ["out"]
+    assert torch.equal(logits(out), logits(TINY, quantize="int4"))
+
+
+def test_another_process_that_writes_is_left_alone(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        (partial / "mine").touch()
+        with pytest.raises(qwen_moe.InvalidArgument, match="another process is writing"):
+            written(tmp_path / "out")
+        assert (partial / "mine").exists()
+    finally:
+        os.close(handle)
+    with pytest.raises(qwen_moe.InvalidArgument, match="not from a run before"):
+        written(tmp_path / "out")
+    assert (partial / "mine").exists()
+
+
+def test_what_is_there_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").touch()
+    with pytest.raises(qwen_moe.InvalidArgument, match=r"there already; --force"):
+        written(out)
+    with pytest.raises(qwen_moe.InvalidArgument, match="this directory is none"):
+        written(out, force=True)
+    with pytest.raises(qwen_moe.InvalidArgument, match="no directory"):
+        written(out / "precious", force=True)
+    assert names(out) == ["precious"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_force_replaces_a_bundle(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        fail_after(patched, 20, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            written(packed, "int8", force=True)
+    assert torch.equal(logits(packed), logits(TINY, quantize="int4"))  # the old one is still there
+    written(packed, "int8", force=True)
+    assert names(packed.parent) == [packed.name]
+    assert torch.equal(logits(packed), logits(TINY, quantize="int8"))
+
+
+def test_a_replacement_that_cannot_be_renamed_keeps_the_old(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(qwen_moe.InvalidArgument, match="Input/output error"):
+        written(packed, "int8", force=True)
+    assert names(packed.parent) == [packed.name]
+    assert torch.equal(logits(packed), logits(TINY, quantize="int4"))
+
+
+def test_a_bundle_is_no_source(tmp_path: Path, original: Path) -> None:
+    with pytest.raises(qwen_moe.InvalidArgument, match="a bundle already"):
+        written(tmp_path / "out", "int8", original)
+    assert_nothing_there(tmp_path / "out")
+
+
+def test_a_recipe_must_quantize(tmp_path: Path) -> None:
+    with pytest.raises(qwen_moe.InvalidArgument, match="recipe must be one of"):
+        written(tmp_path / "out", "none")
+
+
+# --- The command line -----------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["quantize", str(TINY), str(out), "--recipe", "int4"]
+    assert main(command) == 0
+    assert "as int4" in capsys.readouterr().out
+
+    def reply(*options: str) -> str:
+        arguments = ["--device", "cpu", "--temperature", "0", "--max-tokens", "12"]
+        assert main(["generate", "Once upon a time", *arguments, *options]) == 0
+        return capsys.readouterr().out
+
+    assert reply("--model", str(out)) == reply("--quantize", "int4")
+    assert main(command) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+    assert main(["info", str(out)]) == 0
+    table = capsys.readouterr().out.partition("quantize")[2]
+    assert [line.split()[0] for line in table.splitlines()[1:]] == ["int4"]
