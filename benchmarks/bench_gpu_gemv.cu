@@ -373,7 +373,7 @@ class Bench {
   // Microseconds per node of a long chain in one graph; each node has its own cold weights and
   // reads what the one before wrote.
   double chain(const Form& form, const Size& size, Chain how) {
-    Graph graph = record(form, size, how, 0, size.chain);
+    CapturedChain graph = record(form, size, how, 0, size.chain);
     for (int i = 0; i < 2; ++i) graph.launch(stream);
     std::vector<float> times;
     for (int i = 0; i < kReplays; ++i) times.push_back(timed([&] { graph.launch(stream); }));
@@ -382,7 +382,7 @@ class Bench {
 
   // Microseconds of a whole graph of three, its start included.
   double three(const Form& form, const Size& size, Chain how) {
-    std::vector<Graph> graphs;
+    std::vector<CapturedChain> graphs;
     for (int g = 0; g < size.graphs_of_3; ++g) graphs.push_back(record(form, size, how, g * 3, 3));
     for (const auto& graph : graphs) graph.launch(stream);
     std::vector<float> times;
@@ -455,9 +455,9 @@ class Bench {
                                        cudaSharedmemCarveoutMaxShared));
   }
 
-  Graph record(const Form& form, const Size& size, Chain how, int first, int length) {
+  CapturedChain record(const Form& form, const Size& size, Chain how, int first, int length) {
     prepare(form);
-    Graph graph(stream, [&] {
+    CapturedChain graph(stream, [&] {
       for (int i = 0; i < length; ++i) {
         int64_t copy = (first + i) % (kPoolTiles / size.tiles());
         launch(form, how,
@@ -490,17 +490,9 @@ class Bench {
     QWEN_MOE_CUDA(cudaLaunchKernelEx(&config, form.kernel, g));
   }
 
-  float timed(auto&& work) {
-    start_.record(stream);
-    work();
-    stop_.record(stream);
-    stop_.synchronize();
-    float ms = 0;
-    QWEN_MOE_CUDA(cudaEventElapsedTime(&ms, start_, stop_));
-    return ms;
-  }
+  float timed(auto&& work) { return stopwatch_(stream, work); }
 
-  Event start_{cudaEventDefault}, stop_{cudaEventDefault};
+  Stopwatch stopwatch_;
   DeviceBuffer<uint8_t> tiles_;
   DeviceBuffer<bf16> x_, y_;  // y: two vectors in turn
   std::vector<uint16_t> host_x_;
@@ -661,10 +653,5 @@ int run(int argc, char** argv) {
 }  // namespace qwen_moe::cuda
 
 int main(int argc, char** argv) {
-  try {
-    return qwen_moe::cuda::run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 1;
-  }
+  return qwen_moe::cuda::run_program(argc, argv, qwen_moe::cuda::run);
 }

@@ -20,6 +20,7 @@
 #include "cuda/ops.h"
 #include "cuda/sample.h"
 #include "engine/backend.h"
+#include "gpu_timing.h"
 #include "model/forward.h"
 
 namespace qwen_moe::cuda {
@@ -327,16 +328,9 @@ class Bench {
     });
     std::vector<float> times;
     for (int i = 0; i < kReplays; ++i) {
-      start_.record(stream_);
-      graph.replay(stream_);
-      stop_.record(stream_);
-      stop_.synchronize();
-      float ms = 0;
-      QWEN_MOE_CUDA(cudaEventElapsedTime(&ms, start_, stop_));
-      times.push_back(ms);
+      times.push_back(stopwatch_(stream_, [&] { graph.replay(stream_); }));
     }
-    std::nth_element(times.begin(), times.begin() + kReplays / 2, times.end());
-    double us = times[kReplays / 2] * 1e3 / launches;
+    double us = median(times) * 1e3 / launches;
     figures_.push_back({op, rows, count, us, bytes});
     std::printf("%5d  %-22s %9.2f us %9.2f MB %7.0f GB/s %5.0f %%\n", rows, op, us, bytes * 1e-6,
                 bytes / us * 1e-3, 100 * bytes / (us * 1e-6) / ceiling_);
@@ -349,7 +343,7 @@ class Bench {
   int64_t pages_stride_;
   DeviceProperties properties_;
   Stream stream_;
-  Event start_{cudaEventDefault}, stop_{cudaEventDefault};
+  Stopwatch stopwatch_;
   Model model_;
   CudaOps ops_;
   Sampler sampler_;
@@ -405,10 +399,5 @@ int run(int argc, char** argv) {
 }  // namespace qwen_moe::cuda
 
 int main(int argc, char** argv) {
-  try {
-    return qwen_moe::cuda::run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 1;
-  }
+  return qwen_moe::cuda::run_program(argc, argv, qwen_moe::cuda::run);
 }

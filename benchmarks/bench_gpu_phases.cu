@@ -346,7 +346,7 @@ class Bench {
                                          cudaFuncAttributePreferredSharedMemoryCarveout,
                                          cudaSharedmemCarveoutMaxShared));
     }
-    std::vector<Graph> replay;
+    std::vector<CapturedChain> replay;
     for (size_t g = 0; g < graphs; ++g)
       replay.emplace_back(stream, [&] {
         for (int i = 0; i < length; ++i) {
@@ -449,17 +449,9 @@ class Bench {
     QWEN_MOE_CUDA(cudaLaunchKernelEx(&config, reader.kernel, p));
   }
 
-  float timed(auto&& work) {
-    start_.record(stream);
-    work();
-    stop_.record(stream);
-    stop_.synchronize();
-    float ms = 0;
-    QWEN_MOE_CUDA(cudaEventElapsedTime(&ms, start_, stop_));
-    return ms;
-  }
+  float timed(auto&& work) { return stopwatch_(stream, work); }
 
-  Event start_{cudaEventDefault}, stop_{cudaEventDefault};
+  Stopwatch stopwatch_;
   DeviceBuffer<uint4> pool_;
   DeviceBuffer<unsigned> words_;
   unsigned expected_ = 0;
@@ -650,10 +642,5 @@ int run(int argc, char** argv) {
 }  // namespace qwen_moe::cuda
 
 int main(int argc, char** argv) {
-  try {
-    return qwen_moe::cuda::run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 1;
-  }
+  return qwen_moe::cuda::run_program(argc, argv, qwen_moe::cuda::run);
 }

@@ -160,6 +160,9 @@ INTERRUPTED = """
     import os, signal, threading, time
     import qwen_moe
 
+    # A shell has it ignored for what runs behind it, and the tests may be such a thing.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupt(engine, after):
         def wait():
             while engine.stats["decode_tokens"] < after:

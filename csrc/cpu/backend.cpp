@@ -7,6 +7,7 @@
 
 #include "cpu/memory.h"
 #include "cpu/ops.h"
+#include "engine/probe.h"
 #include "model/forward.h"
 
 namespace qwen_moe::cpu {
@@ -89,42 +90,16 @@ class CpuBackend : public Backend {
             {"scratch", scratch}};
   }
 
-  // A probe run: whatever a method writes differs from the pattern afterwards.
   Discovered discover(int slot, int page) override {
-    Discovered found;
-    uint32_t generation = generation_[static_cast<size_t>(slot)];
-    int32_t pages[] = {page};
     Handoff zeros{buffers_.hidden, DType::f32, 2, config_.hidden_size};
-    const Handoff* input = weights_.first ? nullptr : &zeros;
-    int32_t tokens[] = {0, 0};
-    auto probe = [&](auto&& run) {
-      std::memset(slot_at(slot), kPattern, slot_bytes_);
-      std::memset(page_at(page), kPattern, page_bytes_);
-      run();
-      std::vector<StateBuffer> written;
-      for (size_t i = 0; i < layout_.buffers.size(); ++i) {
-        const StateBuffer& b = layout_.buffers[i];
-        const std::byte* at =
-            (b.kind == BufferKind::fixed ? slot_at(slot) : page_at(page)) + offsets_[i];
-        size_t bytes = b.bytes() * (b.kind == BufferKind::fixed ? 1 : kPageTokens);
-        if (std::any_of(at, at + bytes, [](std::byte x) { return x != std::byte{kPattern}; }))
-          written.push_back(b);
-      }
-      return written;
-    };
-    found.prefill = probe([&] {
-      prefill({.slot = slot,
-               .generation = generation,
-               .position = 0,
-               .tokens = tokens,
-               .pages = pages,
-               .logits = true},
-              input);
-    });
-    DecodeRow row{
-        .slot = slot, .generation = generation, .position = 0, .token = 0, .pages = pages};
-    found.decode = probe([&] { decode({&row, 1}, input); });
-    return found;
+    return probe_writes(
+        *this, slot, generation_[static_cast<size_t>(slot)], page,
+        weights_.first ? nullptr : &zeros, offsets_,
+        [&] {
+          std::memset(slot_at(slot), kProbePattern, slot_bytes_);
+          std::memset(page_at(page), kProbePattern, page_bytes_);
+        },
+        [&](BufferKind kind) { return kind == BufferKind::fixed ? slot_at(slot) : page_at(page); });
   }
 
   void set_generation(int slot, uint32_t generation) override {
@@ -217,8 +192,6 @@ class CpuBackend : public Backend {
   }
 
  private:
-  static constexpr unsigned char kPattern = 0x25;  // a small number in float32 and in bfloat16
-
   std::byte* slot_at(int slot) const {
     return slot_arena_.data() + static_cast<size_t>(slot) * slot_bytes_;
   }

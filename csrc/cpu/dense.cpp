@@ -75,11 +75,9 @@ size_t CpuOps::scratch_bytes() const {
 }
 
 void CpuOps::begin(const StepRows& rows) {
-  // fp32 angles as the model class computes them: position * theta^(-2i / rotary_dim).
   int half = c_.rotary_dim() / 2;
   for (int i = 0; i < half; ++i) {
-    float exponent = static_cast<float>(2 * i) / static_cast<float>(2 * half);
-    float frequency = 1.0f / std::pow(static_cast<float>(c_.rope_theta), exponent);
+    float frequency = c_.inverse_frequency(i);
     for (int row = 0; row < rows.rows; ++row) {
       float angle = static_cast<float>(rows.position[row]) * frequency;
       cos_[static_cast<size_t>(row * half + i)] = std::cos(angle);

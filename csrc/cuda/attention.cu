@@ -476,11 +476,7 @@ void CudaOps::reserve_attention() {
       static_cast<size_t>(most_splits(max_context_)) * kPartial);
   // As the CPU backend computes them, so that the angles agree in every bit.
   std::vector<float> frequency(static_cast<size_t>(rotary / 2));
-  for (int i = 0; i < rotary / 2; ++i) {
-    float exponent = static_cast<float>(2 * i) / static_cast<float>(rotary);
-    frequency[static_cast<size_t>(i)] =
-        1.0f / std::pow(static_cast<float>(c_.rope_theta), exponent);
-  }
+  for (int i = 0; i < rotary / 2; ++i) frequency[static_cast<size_t>(i)] = c_.inverse_frequency(i);
   inverse_frequency_ = DeviceBuffer<float>(frequency.size());
   QWEN_MOE_CUDA(cudaMemcpy(inverse_frequency_.data(), frequency.data(), inverse_frequency_.bytes(),
                            cudaMemcpyHostToDevice));

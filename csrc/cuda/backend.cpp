@@ -15,6 +15,7 @@
 #include "cuda/prompt.h"
 #include "cuda/sample.h"
 #include "cuda/step.h"
+#include "engine/probe.h"
 #include "model/forward.h"
 
 namespace qwen_moe::cuda {
@@ -126,51 +127,25 @@ class CudaBackend : public Backend {
     return all;
   }
 
-  // A probe run: whatever a method writes differs from the pattern afterwards.
   Discovered discover(int slot, int page) override {
     DeviceGuard device(properties_.device);
-    Discovered found;
-    uint32_t generation = generation_[static_cast<size_t>(slot)];
-    int32_t pages[] = {page};
-    int32_t tokens[] = {0, 0};
     DeviceBuffer<float> zeros(2 * static_cast<size_t>(config_.hidden_size));
     QWEN_MOE_CUDA(cudaMemset(zeros.data(), 0, zeros.bytes()));
-    Handoff input_data{zeros.data(), DType::f32, 2, config_.hidden_size};
-    const Handoff* input = weights_.first ? nullptr : &input_data;
+    Handoff input{zeros.data(), DType::f32, 2, config_.hidden_size};
     std::vector<std::byte> after(std::max(slot_bytes_, page_bytes_));
-    auto probe = [&](auto&& run) {
-      QWEN_MOE_CUDA(cudaMemsetAsync(slot_at(slot), kPattern, slot_bytes_, stream_));
-      QWEN_MOE_CUDA(cudaMemsetAsync(page_at(page), kPattern, page_bytes_, stream_));
-      run();
-      std::vector<StateBuffer> written;
-      for (BufferKind kind : {BufferKind::fixed, BufferKind::per_token}) {
-        bool fixed = kind == BufferKind::fixed;
-        if (size_t bytes = fixed ? slot_bytes_ : page_bytes_)
-          download(after.data(), fixed ? slot_at(slot) : page_at(page), bytes);
-        for (size_t i = 0; i < layout_.buffers.size(); ++i) {
-          const StateBuffer& b = layout_.buffers[i];
-          if (b.kind != kind) continue;
-          const std::byte* at = after.data() + offsets_[i];
-          if (std::any_of(at, at + b.bytes() * (fixed ? 1 : kPageTokens),
-                          [](std::byte x) { return x != std::byte{kPattern}; }))
-            written.push_back(b);
-        }
-      }
-      return written;
-    };
-    found.prefill = probe([&] {
-      prefill({.slot = slot,
-               .generation = generation,
-               .position = 0,
-               .tokens = tokens,
-               .pages = pages,
-               .logits = true},
-              input);
-    });
-    DecodeRow row{
-        .slot = slot, .generation = generation, .position = 0, .token = 0, .pages = pages};
-    found.decode = probe([&] { decode({&row, 1}, input); });
-    return found;
+    return probe_writes(
+        *this, slot, generation_[static_cast<size_t>(slot)], page,
+        weights_.first ? nullptr : &input, offsets_,
+        [&] {
+          fill(slot_at(slot), kProbePattern, slot_bytes_);
+          fill(page_at(page), kProbePattern, page_bytes_);
+        },
+        [&](BufferKind kind) {
+          bool fixed = kind == BufferKind::fixed;
+          if (size_t bytes = fixed ? slot_bytes_ : page_bytes_)
+            download(after.data(), fixed ? slot_at(slot) : page_at(page), bytes);
+          return after.data();
+        });
   }
 
   void set_generation(int slot, uint32_t generation) override {
@@ -304,8 +279,6 @@ class CudaBackend : public Backend {
   }
 
  private:
-  static constexpr unsigned char kPattern = 0x25;  // a small number in float32 and in bfloat16
-
   struct Inputs {  // a step on its way to the device
     PinnedBuffer<std::byte> data;
     Event uploaded;

@@ -1,8 +1,9 @@
 // Routed experts and the shared expert of a step.
 //
-// gate/up: every block takes an even share of (expert, output tile) work; its warps split the
-// inputs, as in dense.cu. down: a block owns 16 outputs of all rows and a warp a whole expert, so
-// that the weighted sum in rank order, the shared expert and the residual end in the same block.
+// gate/up: every block takes an even share of (expert, pair of tiles) work; half of its warps share
+// the gate tile's inputs, half the up tile's. down: a block owns 16 outputs of all rows and a warp
+// a whole expert, so that the weighted sum in rank order, the shared expert and the residual end in
+// the same block.
 #include <algorithm>
 
 #include "cuda/dense.h"

@@ -34,10 +34,11 @@ class CudaOps {
   void gated_delta_step(const GatedDeltaArgs<float, bf16>& args);  // gated_delta.cu
   void attention_step(const AttentionArgs<float, bf16>& args);     // attention.cu
   void out_proj_residual(const OutProjArgs<float, bf16>& args);    // dense.cu
-  void norm_router_shared(const NormRouterSharedArgs<float, bf16>& args);  // dense.cu
-  void routed_gate_up(const RoutedGateUpArgs<float, bf16>& args);          // moe.cu
-  void down_combine_residual(const DownCombineArgs<float, bf16>& args);    // moe.cu
-  void lm_head(const LmHeadArgs<float>& args);                             // dense.cu
+  void norm_router_shared(const NormRouterSharedArgs<float, bf16>& args);       // dense.cu
+  void routed_gate_up(const RoutedGateUpArgs<float, bf16>& args);               // moe.cu
+  void down_combine_residual(const DownCombineArgs<float, bf16>& args);         // moe.cu
+  void lm_head(const LmHeadArgs<float>& args);                                  // dense.cu
+  const float* inverse_frequency() const { return inverse_frequency_.data(); }  // [rotary_dim / 2]
   // A prompt goes through the decode step, token by token.
   void gated_delta_prefill(const GatedDeltaArgs<float, bf16>&) { no_prefill(); }
   void attention_prefill(const AttentionArgs<float, bf16>&) { no_prefill(); }

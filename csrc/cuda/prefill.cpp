@@ -41,19 +41,6 @@ PrefillOps::PrefillOps(const ModelConfig& config, const DeviceProperties& device
   proj_stride_ = std::max(c_.conv_dim() + c_.value_dim(), 2 * (c_.attention_dim() + c_.kv_dim()));
   scratch_ = DeviceBuffer<std::byte>(lay_out(nullptr));
   lay_out(scratch_.data());
-
-  // As decode computes them, so that keys of both have the same angles.
-  const int rotary = c_.rotary_dim();
-  std::vector<float> frequency(static_cast<size_t>(rotary / 2));
-  for (int i = 0; i < rotary / 2; ++i) {
-    float exponent = static_cast<float>(2 * i) / static_cast<float>(rotary);
-    frequency[static_cast<size_t>(i)] =
-        1.0f / std::pow(static_cast<float>(c_.rope_theta), exponent);
-  }
-  inverse_frequency_ = DeviceBuffer<float>(frequency.size());
-  QWEN_MOE_CUDA(cudaMemcpy(inverse_frequency_.data(), frequency.data(), inverse_frequency_.bytes(),
-                           cudaMemcpyHostToDevice));
-  QWEN_MOE_CUDA(cudaStreamSynchronize(nullptr));
 }
 
 size_t PrefillOps::lay_out(std::byte* base) {
@@ -209,7 +196,7 @@ void PrefillOps::attention_prefill(const AttentionArgs<float, bf16>& args) {
          dim3(static_cast<unsigned>(heads + 2 * kv_heads),
               blocks_of(rows, constant("attention_append", "BT"))),
          {query_, args.kv.data, proj_, args.layer.q_norm, args.layer.k_norm,
-          inverse_frequency_.data(), args.rows.pages, rows, rows_.position, proj_stride_,
+          decode_.inverse_frequency(), args.rows.pages, rows, rows_.position, proj_stride_,
           page_stride, heads, kv_heads, c_.rotary_dim() / 2, static_cast<float>(c_.rms_norm_eps),
           1.0f / std::sqrt(static_cast<float>(c_.head_dim))});
   const int tokens = constant("attention", "BM") / (heads / kv_heads);

@@ -26,7 +26,7 @@ class PrefillOps {
   using Act = float;
   using In = bf16;
 
-  // `decode` embeds tokens and projects to logits. All of them outlive this.
+  // `decode` embeds tokens, projects to logits and has the rotary frequencies. All outlive this.
   PrefillOps(const ModelConfig& config, const DeviceProperties& device, Images& images,
              CudaOps& decode, int max_rows);
   size_t scratch_bytes() const { return scratch_.bytes(); }
@@ -75,7 +75,6 @@ class PrefillOps {
   PrefillRows rows_;
 
   DeviceBuffer<std::byte> scratch_;
-  DeviceBuffer<float> inverse_frequency_;  // [rotary_dim / 2]
   int proj_stride_ = 0;
   bf16* normed_ = nullptr;  // [rows, hidden]
   bf16* proj_ = nullptr;    // [rows, proj_stride]: q | k | v | z, or (q | gate) per head | k | v

@@ -81,4 +81,9 @@ std::string ModelConfig::hash() const {
   return text;
 }
 
+float ModelConfig::inverse_frequency(int i) const {
+  float exponent = static_cast<float>(2 * i) / static_cast<float>(rotary_dim());
+  return 1.0f / std::pow(static_cast<float>(rope_theta), exponent);
+}
+
 }  // namespace qwen_moe

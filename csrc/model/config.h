@@ -44,6 +44,8 @@ struct ModelConfig {
   int value_dim() const { return linear_num_value_heads * linear_value_head_dim; }
   int conv_dim() const { return 2 * key_dim() + value_dim(); }  // channels of q | k | v
   int rotary_dim() const { return static_cast<int>(head_dim * partial_rotary_factor); }
+  // theta^(-2i / rotary_dim) in fp32, as the model class computes it; i < rotary_dim / 2.
+  float inverse_frequency(int i) const;
   int attention_dim() const { return num_attention_heads * head_dim; }
   int kv_dim() const { return num_key_value_heads * head_dim; }
 

@@ -75,6 +75,15 @@ TEST_P(EngineModes, ChunksDependOnTheSessionAlone) {
   EXPECT_EQ(rig.backend->chunks, (std::vector<Chunk>{{100, 412}, {512, 512}, {1024, 77}}));
 }
 
+TEST_P(EngineModes, ChunksAreAsLargeAsTheBackendTakesThem) {
+  Rig rig({.max_sessions = 1, .max_context = 4096});
+  rig.backend->chunk = 1024;
+  rig.backend->chunks.clear();
+  rig.draw(rig.engine->open(), prompt(1, 2100), 1);
+  using Chunk = FakeBackend::Chunk;
+  EXPECT_EQ(rig.backend->chunks, (std::vector<Chunk>{{0, 1024}, {1024, 1024}, {2048, 52}}));
+}
+
 TEST_P(EngineModes, SplitPromptsContinueTheTimeline) {
   Rig rig;
   SessionId whole = rig.engine->open(), pieces = rig.engine->open();
