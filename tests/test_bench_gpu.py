@@ -11,7 +11,9 @@ import qwen_moe
 from qwen_moe import _core, bench, bench_gpu
 from test_cli import TINY_CONFIG, refused, run
 
-PLAN = bench_gpu.Plan(batches=[1, 3], prompt_tokens=20, decode_tokens=4, repeat=2, long_context=130)
+PLAN = bench_gpu.Plan(
+    batches=[1, 3], prompt_tokens=20, decode_tokens=4, repeat=2, long_context=130, prompts=[7, 1100]
+)
 
 
 @pytest.fixture
@@ -46,6 +48,9 @@ def test_every_run_goes_on_where_the_last_one_ended(gpu: Path) -> None:
     assert figures["without_graph"]["same_tokens"]
     assert figures["long_context"]["context"] == [131 + 4, 131 + 12]
     assert figures["stats"]["max_decode_rows"] == 3
+    assert [row["tokens"] for row in figures["prompts"]["prompts"]] == [7, 1100]
+    beside = figures["prompts"]["beside"]
+    assert 0 < beside["gap_ms_alone"] < beside["gap_ms_most"]
     rate = 1000 * 3 / three["ms_per_step"]
     assert three["decode_tokens_per_second"] == pytest.approx(rate)
     assert "share_of_floor" not in three
@@ -63,7 +68,16 @@ def test_the_command_prints_what_it_measured(
         *("--prompt-tokens", "9", "--decode-tokens", "4", "--repeat", "1"),
     ]
     out, _ = run(
-        capsys, *arguments, "--batch", "1,2", "--long-context", "65", "--json", str(gpu / "out")
+        capsys,
+        *arguments,
+        "--batch",
+        "1,2",
+        "--long-context",
+        "65",
+        "--prompts",
+        "70",
+        "--json",
+        str(gpu / "out"),
     )
     report = json.loads((gpu / "out").read_text())
     assert report["gpu"] == {"name": "A GPU"}
@@ -73,9 +87,11 @@ def test_the_command_prints_what_it_measured(
     assert "without graphs" in out
     assert "the same tokens" in out
     assert "batch 1 at 70-74 tokens" in out
+    assert "beside a prompt of 70 tokens" in out
     assert f"{report['results'][0]['share_of_floor']:.0%} of it reached" in out
     assert "at most 64" in refused(capsys, *arguments, "--batch", "65")
 
 
 def test_a_long_context_is_for_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--long-context" in refused(capsys, "bench", "--device", "cpu", "--long-context", "9")
+    assert "--prompts" in refused(capsys, "bench", "--device", "cpu", "--prompts", "9")

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import oracle
 import qwen_moe
 from qwen_moe import _core, bench
+from qwen_moe.prefill_kernels import prefill_images
 
 pytestmark = pytest.mark.gpu
 
@@ -123,26 +124,35 @@ def greedy_ids(engine: qwen_moe.Engine, ids: list[int], steps: int) -> list[int]
         return ids + [session.decode(STEP).token_id for _ in range(steps)]
 
 
+PATHS = pytest.mark.parametrize("kernels", [True, False], ids=["prompts", "steps"])
+
+
+@PATHS
 @pytest.mark.parametrize("quantize", RECIPES, ids=str)
-def test_logits_are_those_of_the_cpu(quantize: str | None) -> None:
+def test_logits_are_those_of_the_cpu(quantize: str | None, kernels: bool) -> None:
     with open_engine(device="cpu", quantize=quantize) as cpu:
         ids = greedy_ids(cpu, ids_of(3, 40), 32)
         want = fed(cpu, ids, 40)
-    with open_engine(quantize=quantize) as gpu:
+    with open_engine(quantize=quantize, prefill_kernels=kernels) as gpu:
         assert_close(fed(gpu, ids, 40), want)
 
 
-def test_logits_are_those_of_transformers() -> None:
+@PATHS
+def test_logits_are_those_of_transformers(kernels: bool) -> None:
     path = Path(qwen_moe.__file__).parent / "models" / "tiny"
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     ids = oracle.reference(model, ids_of(3, 40), steps=32)
-    with open_engine(quantize=None) as gpu:
+    with open_engine(quantize=None, prefill_kernels=kernels) as gpu:
         got = fed(gpu, ids.prompt + ids.continuation, 40)
     assert_close(got, torch.from_numpy(ids.logits[39:]))
 
 
-def test_a_prefill_gives_the_bits_of_decoding_the_same_tokens() -> None:
-    with open_engine() as engine, engine.session() as drawn, engine.session() as given:
+def test_a_prompt_through_steps_gives_the_bits_of_decoding_it() -> None:
+    with (
+        open_engine(prefill_kernels=False) as engine,
+        engine.session() as drawn,
+        engine.session() as given,
+    ):
         drawn.prefill(ids_of(0, 30))
         walked = walk(drawn, 40)
         given.prefill(drawn.tokens[:-1])
@@ -185,24 +195,6 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("quantize", RECIPES, ids=str)
-def test_prompts_through_their_own_kernels_are_close_to_the_cpu(quantize: str | None) -> None:
-    pytest.importorskip("triton")
-    with open_engine(device="cpu", quantize=quantize) as cpu:
-        ids = greedy_ids(cpu, ids_of(3, 200), 16)
-        want = fed(cpu, ids, 200)
-    with open_engine(max_sessions=2, quantize=quantize, prefill_kernels=True) as engine:
-        got = fed(engine, ids, 200)
-        assert torch.equal(got, fed(engine, ids, 200))
-        # In pieces that end on multiples of 64, with another session's prompt between them.
-        with engine.session() as session, engine.session() as other:
-            session.prefill(ids[:128])
-            other.prefill(ids_of(5, 90))
-            session.prefill(ids[128:200])
-            assert torch.equal(session.logits.double(), got[0])
-    assert_close(got, want)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -217,18 +209,25 @@ def test_random_models_give_the_logits_of_the_cpu(shape: str) -> None:
             threads = len(os.sched_getaffinity(0))
             model = oracle.core_model(reference, recipe=recipe, devices=(device,), threads=threads)
             rows.append(core_fed(model, ids, 40))
+            if device != "cpu":
+                rows.append(core_fed(model, ids, 40, prefill_images([device])))
             del model
-        errors, divergences = distances(rows[1], rows[0])
-        report = f"{recipe}: relative L2 {errors.tolist()}, KL {divergences.tolist()}"
-        # Weights without structure make routing a matter of rounding: where two experts are level,
-        # one device takes this and the other that, and the token gets other logits. Half of the
-        # positions are free of it.
-        assert errors.median() <= MOST_L2, report
-        assert divergences.median() <= MOST_KL, report
+        for path, got in zip(("steps", "prompts"), rows[1:], strict=True):
+            errors, divergences = distances(got, rows[0])
+            report = f"{recipe}, {path}: relative L2 {errors.tolist()}, KL {divergences.tolist()}"
+            # Weights without structure make routing a matter of rounding: where two experts are
+            # level, one device takes this and the other that, and the token gets other logits.
+            # Half of the positions are free of it.
+            assert errors.median() <= MOST_L2, report
+            assert divergences.median() <= MOST_KL, report
 
 
-def core_fed(model: _core.Model, ids: list[int], prompt: int) -> torch.Tensor:
-    engine = oracle.core_engine(model, max_sessions=1, max_context=128, kv_dtype="bfloat16")
+def core_fed(
+    model: _core.Model, ids: list[int], prompt: int, images: Sequence[_core.KernelImage] = ()
+) -> torch.Tensor:
+    engine = oracle.core_engine(
+        model, max_sessions=1, max_context=128, kv_dtype="bfloat16", prefill_kernels=images
+    )
     session, rows = engine.open(), []
     for piece in [ids[:prompt], *([token] for token in ids[prompt:])]:
         engine.submit(session, piece, sampling=None, max_tokens=0)

@@ -107,6 +107,7 @@ class CudaBackend : public Backend {
     if (weights_.last) logits_ = slot_array("lm_head.logits");
 
     before = used_memory();
+    if (prompt_) prompt_->warm_up(stream_, options.max_context, weights_, state_, logits_);
     capture();
     graph_bytes_ = used_memory() - before;
   }
@@ -178,16 +179,18 @@ class CudaBackend : public Backend {
     });
   }
 
-  int prefill_chunk() const override { return images_ ? Prompt::kTokens : kPrefillChunk; }
+  PrefillChunk prefill_chunk() const override {
+    return images_ ? PrefillChunk{Prompt::kTokens, Prompt::kTokensBesideDecode} : PrefillChunk{};
+  }
 
-  // One token goes through the decode step, and so do all without kernels for prompts.
+  // Without kernels for prompts their tokens go through the decode step, one by one.
   void prefill(const PrefillStep& step, const Handoff* input) override {
     DeviceGuard device(properties_.device);
     check_generation(step.slot, step.generation);
     auto count = static_cast<int>(step.tokens.size());
-    require(count > 0 && count <= prefill_chunk(), "a prefill step takes 1 to ", prefill_chunk(),
-            " tokens, got ", count);
-    if (prompt_ && count > 1) {
+    int most = prefill_chunk().alone;
+    require(count > 0 && count <= most, "a prefill step takes 1 to ", most, " tokens, got ", count);
+    if (prompt_) {
       last_hidden_ = prompt_->run(stream_, step, input, weights_, state_, logits_);
       return;
     }
@@ -372,7 +375,7 @@ class CudaBackend : public Backend {
     buffers_.shared = halves(config_.shared_expert_intermediate_size);
     buffers_.routed = halves(config_.num_experts_per_tok * config_.moe_intermediate_size);
     if (!weights_.last)
-      handoff_ = DeviceBuffer<float>(static_cast<size_t>(prefill_chunk()) *
+      handoff_ = DeviceBuffer<float>(static_cast<size_t>(prefill_chunk().alone) *
                                      static_cast<size_t>(config_.hidden_size));
     ops_ = std::make_unique<CudaOps>(config_, properties_, max_rows_, max_context);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 namespace qwen_moe::cuda {
@@ -55,10 +56,12 @@ size_t PrefillOps::lay_out(std::byte* base) {
   const size_t heads = size(c_.linear_num_value_heads), dim = size(c_.linear_value_head_dim);
   const size_t picks = rows * size(c_.num_experts_per_tok), experts = size(c_.num_experts);
   take(normed_, size(c_.hidden_size), rows);
-  take(proj_, size(proj_stride_), rows);
-  take(core_, size(std::max(c_.value_dim(), c_.attention_dim())), rows);
   take(shared_, size(c_.shared_expert_intermediate_size), rows);
   take(shared_scale_, 1, rows);
+  // A layer's mixer has ended when its experts begin, so they share what follows.
+  const size_t common = used;
+  take(proj_, size(proj_stride_), rows);
+  take(core_, size(std::max(c_.value_dim(), c_.attention_dim())), rows);
   take(gates_, 2 * heads, rows);
   take(qkv_, size(c_.conv_dim()), rows);
   take(delta_w_, heads * kChunk * dim, chunks);
@@ -66,6 +69,7 @@ size_t PrefillOps::lay_out(std::byte* base) {
   take(delta_sums_, heads * kChunk, chunks);
   take(delta_states_, heads * dim * dim, chunks);
   take(query_, size(c_.attention_dim()), rows);
+  const size_t mixer = std::exchange(used, common);
   take(router_, experts, rows);
   take(pick_weight_, 1, picks);
   take(ids_, 1, picks);
@@ -73,10 +77,10 @@ size_t PrefillOps::lay_out(std::byte* base) {
   take(order_, 1, picks);
   take(counts_, experts, rows / kLeastPart + 1);
   take(places_, experts, rows / kLeastPart + 1);
-  take(work_, 3, picks / 16 + experts + 1);
+  take(work_, 3, picks / 32 + experts + 1);
   take(expert_act_, size(c_.moe_intermediate_size), picks);
   take(expert_part_, size(c_.hidden_size), picks);
-  return used;
+  return std::max(used, mixer);
 }
 
 void PrefillOps::begin(cudaStream_t stream, const PrefillRows& rows) {
@@ -87,21 +91,27 @@ void PrefillOps::begin(cudaStream_t stream, const PrefillRows& rows) {
 }
 
 // The order of a sum does not depend on the tile, so the tile may depend on the number of rows:
-// the largest one that still gives every multiprocessor a block.
+// the first of kernels/specs.py that gives most multiprocessors a block.
 std::string PrefillOps::tile_of(const std::string& name, int outputs, unsigned& blocks) const {
+  constexpr std::pair<int, int> kTiles[] = {{256, 128}, {128, 128}, {128, 64},
+                                            {64, 64},   {32, 64},   {16, 64}};
+  const auto enough = static_cast<unsigned>(device_.sms * 3 / 4);
   std::string chosen;
-  for (int rows : {128, 64, 16}) {
-    if (rows > 16 && rows_.rows <= 16) continue;
-    chosen = concat(name, "_m", rows);
+  for (auto [rows, wide] : kTiles) {
+    if (rows > 16 && rows >= 2 * rows_.rows) continue;  // half of it would be no rows
+    const std::string tile = concat(name, "_", rows, "x", wide);
+    if (!images_.has(tile)) continue;
+    chosen = tile;
     blocks = blocks_of(outputs, constant(chosen, "BN")) * blocks_of(rows_.rows, rows);
-    if (rows == 64 || blocks >= static_cast<unsigned>(device_.sms)) break;
+    if (blocks >= enough) break;
   }
+  require(!chosen.empty(), "there is no kernel image ", name, " for any tile. Compile them again");
   return chosen;
 }
 
 int PrefillOps::expert_rows() const {
   const int mean = rows_.rows * c_.num_experts_per_tok / c_.num_experts;
-  return mean <= 24 ? 16 : mean <= 96 ? 64 : 128;
+  return mean <= 24 ? 32 : 64;
 }
 
 int PrefillOps::most_work() const {
@@ -138,7 +148,7 @@ void PrefillOps::project_narrow(float* out, int out_stride, int out_offset,
   require(spec.format == WeightFormat::bf16, "the router and the gates must be bf16, got ",
           format_name(spec.format));
   const float* no_gate = nullptr;
-  const char* name = "project_narrow_bf16";
+  const std::string name = concat("project_narrow_", rows_.rows <= 512 ? 32 : 64);
   launch(
       name,
       dim3(blocks_of(spec.n, constant(name, "BN")) * blocks_of(rows_.rows, constant(name, "BM"))),

@@ -14,6 +14,19 @@ Prompt::Prompt(const ModelConfig& config, const DeviceProperties& device, Images
   for (Inputs& in : inputs_) in.data = PinnedBuffer<int32_t>(input_.size());
 }
 
+void Prompt::warm_up(const Stream& stream, int max_context, const ShardWeights& weights,
+                     const std::vector<LayerState>& state, SlotArray logits) {
+  const int most = std::min(kTokens, max_context);
+  const std::vector<int32_t> zeros(static_cast<size_t>(most));
+  for (int rows = most; rows > 0; rows /= 4)
+    run(stream,
+        {.tokens = std::span(zeros).first(static_cast<size_t>(rows)),
+         .pages = zeros,
+         .logits = true},
+        nullptr, weights, state, logits);
+  stream.synchronize();
+}
+
 Handoff Prompt::run(const Stream& stream, const PrefillStep& step, const Handoff* input,
                     const ShardWeights& weights, const std::vector<LayerState>& state,
                     SlotArray logits) {

@@ -21,8 +21,15 @@ namespace qwen_moe {
 inline constexpr int kMaxRows = 64;        // rows of a decode step
 inline constexpr int kPrefillChunk = 512;  // tokens of a prefill step, where nothing else is said
 
+// Tokens of a prefill step, at most: multiples of 64, `alone` one of `shared`. Where they differ,
+// the backend's results are the same bits for either.
+struct PrefillChunk {
+  int alone = kPrefillChunk;   // while no session decodes
+  int shared = kPrefillChunk;  // beside sessions that decode, which wait for the step
+};
+
 // Consecutive tokens of one session; [position, position + tokens) does not cross a multiple of the
-// backend's chunk, so what a session computes does not depend on how the engine scheduled it.
+// chunk, so what a session computes does not depend on how the engine scheduled it.
 struct PrefillStep {
   int slot = 0;
   uint32_t generation = 0;
@@ -68,8 +75,7 @@ class Backend : public StateStore {
   virtual std::map<std::string, size_t> memory() const = 0;  // ledger in bytes, without weights
   virtual std::map<std::string, int64_t> counters() const { return {}; }  // for Engine::stats
 
-  // Tokens of a prefill step, at most; a multiple of 64 that stays what it is.
-  virtual int prefill_chunk() const { return kPrefillChunk; }
+  virtual PrefillChunk prefill_chunk() const { return {}; }
   // `input` is the residual stream of the shard before, or null on the first.
   virtual void prefill(const PrefillStep& step, const Handoff* input) = 0;
   virtual void decode(std::span<const DecodeRow> rows, const Handoff* input) = 0;

@@ -8,7 +8,8 @@ int prefill_tokens(int position, int pending, int chunk) {
   return std::min(pending, chunk - position % chunk);
 }
 
-StepPlan plan_step(std::span<const Work> work, bool last_was_prefill, unsigned turn, int chunk) {
+StepPlan plan_step(std::span<const Work> work, bool last_was_prefill, unsigned turn,
+                   const PrefillChunk& chunk) {
   size_t prefills = 0;
   for (const Work& w : work) prefills += w.prefill;
   size_t decodes = work.size() - prefills;
@@ -29,7 +30,9 @@ StepPlan plan_step(std::span<const Work> work, bool last_was_prefill, unsigned t
       if (seen++ < skip) continue;
       if (static_cast<size_t>(plan.rows) == take) return plan;
       plan.keys[static_cast<size_t>(plan.rows++)] = w.key;
-      if (prefill) plan.tokens = prefill_tokens(w.position, w.pending, chunk);
+      if (prefill)
+        plan.tokens =
+            prefill_tokens(w.position, w.pending, decodes > 0 ? chunk.shared : chunk.alone);
     }
   return plan;
 }

@@ -27,7 +27,7 @@ struct StepPlan {
 // Prefill chunks and decode steps alternate while both have work, so that a long prompt never
 // stalls a running session for more than one chunk. `turn` rotates the choice among many.
 StepPlan plan_step(std::span<const Work> work, bool last_was_prefill, unsigned turn,
-                   int chunk = kPrefillChunk);
+                   const PrefillChunk& chunk = {});
 
 // Tokens of the next prefill chunk: up to the next multiple of `chunk`.
 int prefill_tokens(int position, int pending, int chunk = kPrefillChunk);

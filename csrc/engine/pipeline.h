@@ -45,9 +45,12 @@ class Pipeline {
   bool ahead() const { return shards_.size() == 1 && shards_.back()->ahead(); }
 
   // The least of all shards.
-  int prefill_chunk() const {
-    int least = shards_.front()->prefill_chunk();
-    for (const auto& shard : shards_) least = std::min(least, shard->prefill_chunk());
+  PrefillChunk prefill_chunk() const {
+    PrefillChunk least = shards_.front()->prefill_chunk();
+    for (const auto& shard : shards_) {
+      least.alone = std::min(least.alone, shard->prefill_chunk().alone);
+      least.shared = std::min(least.shared, shard->prefill_chunk().shared);
+    }
     return least;
   }
 

@@ -127,6 +127,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="on a GPU: also decode one session behind N tokens",
     )
+    parser.add_argument(
+        "--prompts",
+        type=_batches,
+        metavar="N,N,...",
+        help="on a GPU: also time prompts of N tokens, and replies beside the longest",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
 
 
@@ -140,6 +146,8 @@ def run(args: argparse.Namespace) -> None:
     gpu = resolve_devices(args.device, None)[0] != "cpu"
     if args.long_context is not None and (not gpu or args.long_context < 1):
         raise InvalidArgument("--long-context takes a positive number, and a GPU")
+    if args.prompts is not None and not gpu:
+        raise InvalidArgument("--prompts takes a GPU")
     with tempfile.TemporaryDirectory() as scratch:
         path, dummy = _source(args, Path(scratch))
         settings: dict[str, Any] = {
@@ -158,6 +166,7 @@ def run(args: argparse.Namespace) -> None:
                 decode_tokens=args.decode_tokens,
                 repeat=args.repeat,
                 long_context=args.long_context or 0,
+                prompts=args.prompts or [],
             )
             with Engine(**settings, max_sessions=plan.sessions, max_context=plan.context) as engine:
                 figures = bench_gpu.measure(

@@ -1,8 +1,7 @@
 """`qwen-moe bench` on a GPU: decode by batch, with and without graphs, beside a plain read.
 
-A prompt goes through a GPU token by token, so one pool of sessions is prefilled once, and every run
-lets the first of them decode on from where they are. Contexts grow a little on the way; their range
-is reported.
+One pool of sessions is prefilled once, and every run lets the first of them decode on from where
+they are. Contexts grow a little on the way; their range is reported.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qwen_moe import _core
+from qwen_moe import _core, bench_prompts
 from qwen_moe.engine import Engine
 from qwen_moe.sampling import SamplingParams
 
@@ -34,6 +33,7 @@ class Plan:
         decode_tokens: Of every session in a run.
         repeat: Timed runs of everything, after one that is not.
         long_context: Tokens before another run of one session; 0 leaves it out.
+        prompts: Lengths of prompts to time.
     """
 
     batches: Sequence[int]
@@ -41,6 +41,7 @@ class Plan:
     decode_tokens: int
     repeat: int
     long_context: int = 0
+    prompts: Sequence[int] = ()
 
     @property
     def sessions(self) -> int:
@@ -148,6 +149,8 @@ def measure(
         engine.core.close(session)
     if plan.long_context:
         figures["long_context"] = _long(plan, weight_bytes, read, another)
+    if plan.prompts:
+        figures["prompts"] = bench_prompts.measure(plan.prompts, plan.repeat, another)
     return figures
 
 
@@ -282,4 +285,6 @@ def table(report: dict[str, Any]) -> str:
                 f"{row['state_bytes_per_step'] / 1e6:.1f} MB of state: {row['floor_ms']:.3f} ms at "
                 f"a plain read's speed, {row['share_of_floor']:.0%} of it reached"
             )
+    if "prompts" in report:
+        lines += bench_prompts.table(report["prompts"])
     return "\n".join(lines)

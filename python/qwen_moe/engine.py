@@ -77,7 +77,7 @@ class Engine:
         progress: bool | None = None,
         poison: bool = False,
         cuda_graph: bool = True,
-        prefill_kernels: bool = False,
+        prefill_kernels: bool = True,
     ) -> None:
         """Open a checkpoint and load its weights.
 
@@ -102,9 +102,9 @@ class Engine:
             poison: Fill freed state with NaN, so that a leak between sessions shows at once.
             cuda_graph: On CUDA, replay every decode step as one captured graph. False launches the
                 same kernels one by one; same bits. Other devices ignore it.
-            prefill_kernels: On CUDA, take prompts through kernels of their own, compiled by Triton,
-                instead of the decode step. They have been tested on a CPU only. Other devices
-                ignore it.
+            prefill_kernels: On CUDA, take prompts through kernels of their own, compiled by Triton
+                when the package was built or when an engine first needs them. False takes them
+                through the decode step, token by token. Other devices ignore it.
 
         Raises:
             FormatError: A file or tensor of the checkpoint is missing, broken or does not fit.

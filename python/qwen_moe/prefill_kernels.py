@@ -33,8 +33,8 @@ def prefill_images(devices: Sequence[str]) -> list[_core.KernelImage]:
         found = images.load(arch, lambda line: print(line, file=sys.stderr))
     except (images.ImageError, ImportError) as error:
         raise DeviceError(
-            f"no kernels for prompts on sm_{arch}: {error}. Install Triton, or leave "
-            "prefill_kernels out"
+            f"no kernels for prompts on sm_{arch}: {error}. Install Triton, or open the engine "
+            "with prefill_kernels=False, which takes prompts token by token"
         ) from error
     return [core_image(image) for image in found]
 

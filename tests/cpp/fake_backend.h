@@ -132,7 +132,7 @@ class FakeBackend : public Backend {
     if (b == 2) logits_[at(slot)] = values;
   }
 
-  int prefill_chunk() const override { return chunk; }
+  PrefillChunk prefill_chunk() const override { return chunk; }
   void prefill(const PrefillStep& s, const Handoff*) override {
     begin({s.slot});
     chunks.push_back({s.position, static_cast<int>(s.tokens.size())});
@@ -217,7 +217,7 @@ class FakeBackend : public Backend {
     int position, tokens;
     bool operator==(const Chunk&) const = default;
   };
-  int chunk = kPrefillChunk;
+  PrefillChunk chunk;
   std::vector<Chunk> chunks;
   size_t most_rows = 0;
 

@@ -77,11 +77,29 @@ TEST_P(EngineModes, ChunksDependOnTheSessionAlone) {
 
 TEST_P(EngineModes, ChunksAreAsLargeAsTheBackendTakesThem) {
   Rig rig({.max_sessions = 1, .max_context = 4096});
-  rig.backend->chunk = 1024;
+  rig.backend->chunk = {1024, 512};
   rig.backend->chunks.clear();
   rig.draw(rig.engine->open(), prompt(1, 2100), 1);
   using Chunk = FakeBackend::Chunk;
   EXPECT_EQ(rig.backend->chunks, (std::vector<Chunk>{{0, 1024}, {1024, 1024}, {2048, 52}}));
+}
+
+// So that sessions that decode do not wait long for a prompt's step.
+TEST_P(EngineModes, ChunksAreSmallerBesideSessionsThatDecode) {
+  Rig rig({.max_sessions = 2, .max_context = 4096});
+  rig.backend->chunk = {1024, 512};
+  SessionId first = rig.engine->open(), second = rig.engine->open();
+  rig.draw(first, prompt(1, 10), 1);
+  rig.engine->submit(first, {.draw = true, .max_tokens = 3});
+  rig.engine->submit(second, {.tokens = prompt(2, 2100), .draw = true, .max_tokens = 1});
+  rig.backend->chunks.clear();
+  rig.engine->run({&second, 1}, 0, false, nullptr);
+  using Chunk = FakeBackend::Chunk;
+  const std::vector<Chunk>& chunks = rig.backend->chunks;
+  ASSERT_GT(chunks.size(), 2u);
+  EXPECT_EQ(chunks.front(), (Chunk{0, 512}));
+  EXPECT_EQ(chunks.back(), (Chunk{2048, 52}));
+  EXPECT_EQ(chunks[chunks.size() - 2], (Chunk{1024, 1024}));
 }
 
 TEST_P(EngineModes, SplitPromptsContinueTheTimeline) {

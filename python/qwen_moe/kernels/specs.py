@@ -67,18 +67,32 @@ class Tile:
     stages: int
 
 
-# Whether weights meet the tensor cores scaled (kernels/tiles.py, `multiply`).
+# Weights meet the tensor cores scaled (kernels/tiles.py, `multiply`). Every tile of a product does
+# the same, so that a row's bits do not depend on the tile.
 FOLD = True
 
-# By the number of rows that a product has, or that an expert has on average.
-TILES = (Tile(16, 128, 4, 4), Tile(64, 128, 4, 3), Tile(128, 128, 8, 3))
+# Of dense products: the first that gives most multiprocessors a block is taken. What each is for
+# was measured with benchmarks/bench_prefill_kernels.py on an H100.
+TILES = (
+    Tile(256, 128, 8, 3),
+    Tile(128, 128, 8, 3),
+    Tile(128, 64, 4, 3),
+    Tile(64, 64, 4, 4),
+    Tile(32, 64, 4, 4),
+    Tile(16, 64, 4, 4),
+)
+
+# Of experts, by the rows that one has on average.
+EXPERT_TILES = (Tile(32, 128, 4, 3), Tile(64, 128, 4, 3))
 
 
 def _dense() -> list[Spec]:
     table = []
     for bits, group in FORMATS:
         for tile in TILES:
-            name = f"{format_name(bits, group)}_m{tile.rows}"
+            if bits == 8 and (tile.rows, tile.outputs) == (128, 128):
+                continue  # slower than 128 x 64 at every size
+            name = f"{format_name(bits, group)}_{tile.rows}x{tile.outputs}"
             shape = {"BITS": bits, "GROUP": group, "BM": tile.rows, "BN": tile.outputs}
             launch = {"warps": tile.warps, "stages": tile.stages}
             plain = {**shape, "FOLD": FOLD, "RESIDUAL": False, "GATED": False}
@@ -107,10 +121,6 @@ def _dense() -> list[Spec]:
                     **launch,
                 ),
             ]
-        if bits == 16:
-            shape = {"BITS": 16, "GROUP": 64, "BM": 64, "BN": 64, "FOLD": False}
-            shape |= {"RESIDUAL": False, "GATED": False}
-            table.append(Spec("project_narrow_bf16", dense.project, dense.NARROW_TYPES, shape))
         table.append(
             Spec(
                 f"unpack_{format_name(bits, group)}",
@@ -122,16 +132,24 @@ def _dense() -> list[Spec]:
     return table
 
 
+def _narrow() -> list[Spec]:
+    shape = {"BITS": 16, "GROUP": 64, "BN": 64, "FOLD": False, "RESIDUAL": False, "GATED": False}
+    return [
+        Spec(f"project_narrow_{rows}", dense.project, dense.NARROW_TYPES, {**shape, "BM": rows})
+        for rows in (64, 32)
+    ]
+
+
 def _rows() -> list[Spec]:
     return [
-        Spec(f"rms_norm_{block}", norm.rms_norm, norm.TYPES, {"BLOCK": block})
+        Spec(f"rms_norm_{block}", norm.rms_norm, norm.TYPES, {"BLOCK": block}, warps=8)
         for block in (2048, 4096, 8192)
     ]
 
 
 def _gated_delta() -> list[Spec]:
     return [
-        Spec("conv_silu_norm", conv.conv_silu_norm, conv.TYPES, {"BT": 32, "DIM": 128}),
+        Spec("conv_silu_norm", conv.conv_silu_norm, conv.TYPES, {"BT": 64, "DIM": 128}, warps=8),
         Spec("conv_window", conv.conv_window, conv.WINDOW_TYPES, {"BLOCK": 256}),
         Spec(
             "delta_prepare",
@@ -145,14 +163,13 @@ def _gated_delta() -> list[Spec]:
             delta_scan.delta_scan,
             delta_scan.TYPES,
             {"DIM": 128, "BV": 32},
-            stages=2,
+            stages=3,
         ),
         Spec(
             "delta_output",
             delta_output.delta_output,
             delta_output.TYPES,
             {"DIM": 128},
-            warps=8,
             stages=1,
         ),
     ]
@@ -164,7 +181,7 @@ def _attention() -> list[Spec]:
             "attention_append",
             attention_append.attention_append,
             attention_append.TYPES,
-            {"BT": 8, "DIM": 256},
+            {"BT": 4, "DIM": 256},
         ),
         Spec(
             "attention",
@@ -193,6 +210,7 @@ def _routed() -> list[Spec]:
                     route.top_experts,
                     route.TOP_TYPES,
                     {"BT": ROUTE_TOKENS, **sizes, "TOP": top},
+                    warps=8,
                 )
             )
         table.append(
@@ -201,12 +219,11 @@ def _routed() -> list[Spec]:
                 route.plan_experts,
                 route.PLAN_TYPES,
                 {**sizes, "BLOCKS": 32},
-                warps=8,
             )
         )
     table.append(Spec("sort_picks", route.sort_picks, route.SORT_TYPES, {"BLOCK": SORT_PICKS}))
     for bits, group in FORMATS:
-        for tile in TILES:
+        for tile in EXPERT_TILES:
             name = f"{format_name(bits, group)}_m{tile.rows}"
             shape = {"BITS": bits, "GROUP": group, "BM": tile.rows}
             launch = {"warps": tile.warps, "stages": tile.stages}
@@ -232,4 +249,4 @@ def _routed() -> list[Spec]:
 
 def specs() -> list[Spec]:
     """All of them, in the order of a layer."""
-    return [*_rows(), *_dense(), *_gated_delta(), *_attention(), *_routed()]
+    return [*_rows(), *_dense(), *_narrow(), *_gated_delta(), *_attention(), *_routed()]
