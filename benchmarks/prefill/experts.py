@@ -11,11 +11,12 @@ from .inputs import Case, Inputs, Variant, cdiv, label, relative
 from .projections import GEMM
 
 SMALL = [
-    (16, 128, 4, 4, True),
-    (16, 64, 4, 4, True),
-    (32, 128, 4, 3, True),
-    (32, 128, 4, 4, True),
-    (16, 128, 4, 4, False),
+    (16, 128, 4, 4, 128),
+    (16, 128, 4, 6, 64),
+    (16, 64, 4, 4, 128),
+    (32, 128, 4, 3, 128),
+    (32, 128, 4, 4, 64),
+    (32, 128, 4, 5, 64),
 ]
 
 
@@ -115,7 +116,7 @@ class Experts(Inputs):
         configs = self.tiles(SMALL + GEMM)
         # The first configuration is that of the table for so many rows.
         mean = picks / s.experts
-        wanted = 16 if mean <= 24 else 64 if mean <= 96 else 128
+        wanted = 16 if mean <= 8 else 32 if mean <= 32 else 64
         configs.sort(key=lambda c: c["BM"] != wanted)
         top({"num_warps": 4})
         for config in configs:

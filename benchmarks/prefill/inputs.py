@@ -129,10 +129,10 @@ class Inputs:
             ]
         )
 
-    def tiles(self, options: list[tuple[int, int, int, int, bool]]) -> list[dict[str, Any]]:
+    def tiles(self, options: list[tuple[int, int, int, int, int]]) -> list[dict[str, Any]]:
         if self.quick:
-            return [{"BM": 16, "BN": 128, "FOLD": True, "num_warps": 4, "num_stages": 2}]
+            return [{"BM": 16, "BN": 128, "STEP": 64, "num_warps": 4, "num_stages": 2}]
         return [
-            {"BM": bm, "BN": bn, "FOLD": fold, "num_warps": warps, "num_stages": stages}
-            for bm, bn, warps, stages, fold in options
+            {"BM": bm, "BN": bn, "STEP": step, "num_warps": warps, "num_stages": stages}
+            for bm, bn, warps, stages, step in options
         ]

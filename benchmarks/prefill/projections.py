@@ -12,30 +12,33 @@ from qwen_moe.kernels import dense, norm
 
 from .inputs import Case, Inputs, Variant, cdiv, label, relative
 
-# Configurations of products: rows, outputs, warps, stages, and whether scales go into the weights.
+# Configurations of products: rows, outputs, warps, stages, inputs at a time.
 GEMM = [
-    (128, 128, 8, 3, True),
-    (128, 128, 8, 4, True),
-    (128, 256, 8, 3, True),
-    (256, 128, 8, 3, True),
-    (64, 256, 8, 3, True),
-    (64, 128, 4, 3, True),
-    (64, 128, 4, 2, True),
-    (128, 128, 4, 3, True),
-    (64, 128, 4, 4, True),
-    (128, 64, 4, 3, True),
-    (128, 128, 8, 3, False),
-    (128, 64, 4, 3, False),
-    (64, 128, 4, 4, False),
+    (256, 128, 8, 3, 128),
+    (256, 128, 8, 4, 64),
+    (256, 128, 8, 5, 64),
+    (128, 128, 8, 3, 128),
+    (128, 128, 8, 5, 64),
+    (128, 128, 4, 4, 64),
+    (128, 256, 8, 3, 128),
+    (128, 256, 8, 4, 64),
+    (128, 64, 4, 3, 128),
+    (128, 64, 4, 4, 64),
+    (64, 128, 4, 3, 128),
+    (64, 128, 4, 4, 64),
+    (64, 128, 4, 5, 64),
+    (64, 64, 4, 4, 128),
+    (32, 64, 4, 4, 128),
 ]
 GEMM_BF16 = [
-    (128, 128, 8, 3, False),
-    (128, 128, 8, 4, False),
-    (128, 256, 8, 3, False),
-    (256, 128, 8, 3, False),
-    (64, 128, 4, 4, False),
+    (128, 128, 8, 3, 64),
+    (128, 128, 8, 4, 64),
+    (128, 256, 8, 3, 64),
+    (256, 128, 8, 3, 64),
+    (64, 128, 4, 4, 64),
 ]
-NARROW = [(64, 64, 4, 3, False), (32, 64, 4, 4, False), (128, 64, 4, 3, False)]
+NARROW = [(64, 64, 4, 3, 64), (32, 64, 4, 4, 64), (16, 64, 4, 6, 64), (32, 64, 4, 6, 64)]
+ALONE = (0, 0, 0, 0) * 2  # no second and no third matrix
 
 
 class Projections(Inputs):
@@ -90,6 +93,7 @@ class Projections(Inputs):
                 w.tile_words,
                 n,
                 0,
+                *ALONE,
                 BITS=bits,
                 GROUP=group,
                 RESIDUAL=residual,

@@ -1,48 +1,83 @@
 #include "cuda/images.h"
 
+#include <array>
 #include <utility>
 
 #include "cuda/runtime.h"
 
 namespace qwen_moe::cuda {
 
-void KernelArg::check(const std::string& kernel, const std::string& name,
-                      const std::string& type) const {
-  const size_t slash = type.find('/');
-  const std::string kind = type.substr(0, slash);
-  const bool is_pointer = kind.starts_with('*');
-  const char* given = kind_ == Kind::pointer ? "a pointer"
-                      : kind_ == Kind::i32   ? "an i32"
-                      : kind_ == Kind::i64   ? "an i64"
-                                             : "an fp32";
-  const bool agrees = is_pointer       ? kind_ == Kind::pointer
-                      : kind == "i32"  ? kind_ == Kind::i32
-                      : kind == "i64"  ? kind_ == Kind::i64
-                      : kind == "fp32" ? kind_ == Kind::fp32
-                                       : false;
-  require<Error>(agrees, "kernel ", kernel, " takes ", name, " as ", type, ", got ", given);
-  const int64_t multiple = slash != std::string::npos ? std::stoi(type.substr(slash + 1))
-                           : is_pointer               ? 16
-                                                      : 1;
-  const int64_t value = is_pointer            ? reinterpret_cast<intptr_t>(value_.pointer)
-                        : kind_ == Kind::fp32 ? 0
-                        : kind_ == Kind::i32  ? value_.i32
-                                              : value_.i64;
-  require<Error>(value % multiple == 0, "kernel ", kernel, " was compiled for ", name,
-                 is_pointer ? " at a multiple of " : " a multiple of ", multiple, ", got ", value);
+namespace {
+
+constexpr size_t kMostArguments = 32;
+
+const char* kind_name(KernelArg::Kind kind) {
+  switch (kind) {
+    case KernelArg::Kind::pointer: return "a pointer";
+    case KernelArg::Kind::i32: return "an i32";
+    case KernelArg::Kind::i64: return "an i64";
+    case KernelArg::Kind::fp32: return "an fp32";
+  }
+  return "";
 }
 
-void check_arguments(const KernelImage& image, const std::vector<KernelArg>& args) {
-  require<Error>(args.size() == image.params.size(), "kernel ", image.name, " takes ",
-                 image.params.size(), " arguments, got ", args.size());
-  for (size_t i = 0; i < args.size(); ++i)
-    args[i].check(image.name, image.params[i].first, image.params[i].second);
+}  // namespace
+
+int64_t KernelArg::value() const {
+  switch (kind_) {
+    case Kind::pointer: return reinterpret_cast<intptr_t>(value_.pointer);
+    case Kind::i32: return value_.i32;
+    case Kind::i64: return value_.i64;
+    case Kind::fp32: return 0;
+  }
+  return 0;
+}
+
+KernelParam::KernelParam(std::string parameter, const std::string& type)
+    : name(std::move(parameter)), kind(KernelArg::Kind::pointer), multiple(1) {
+  const size_t slash = type.find('/');
+  const std::string base = type.substr(0, slash);
+  if (base == "i32")
+    kind = KernelArg::Kind::i32;
+  else if (base == "i64")
+    kind = KernelArg::Kind::i64;
+  else if (base == "fp32")
+    kind = KernelArg::Kind::fp32;
+  else
+    require<Format>(base.starts_with('*'), "kernel parameter ", name, " has type ", type,
+                    ", expected a pointer, i32, i64 or fp32");
+  if (slash != std::string::npos)
+    multiple = std::stoi(type.substr(slash + 1));
+  else if (kind == KernelArg::Kind::pointer)
+    multiple = 16;
+}
+
+void check_arguments(const std::string& kernel, const std::vector<KernelParam>& params,
+                     std::initializer_list<KernelArg> args) {
+  require<Error>(args.size() == params.size(), "kernel ", kernel, " takes ", params.size(),
+                 " arguments, got ", args.size());
+  const KernelArg* arg = args.begin();
+  for (const KernelParam& param : params) {
+    require<Error>(arg->kind() == param.kind, "kernel ", kernel, " takes ", param.name, " as ",
+                   kind_name(param.kind), ", got ", kind_name(arg->kind()));
+    require<Error>(arg->value() % param.multiple == 0, "kernel ", kernel, " was compiled for ",
+                   param.name, param.kind == KernelArg::Kind::pointer ? " at" : "",
+                   " a multiple of ", param.multiple, ", got ", arg->value());
+    ++arg;
+  }
 }
 
 Images::Images(std::vector<KernelImage> images) {
   for (KernelImage& image : images) {
     std::string name = image.name;
-    bool is_new = kernels_.emplace(name, Loaded{.image = std::move(image)}).second;
+    std::vector<KernelParam> params;
+    for (const auto& [parameter, type] : image.params) params.emplace_back(parameter, type);
+    const size_t arguments = params.size() + static_cast<size_t>(image.scratch);
+    require<Format>(arguments <= kMostArguments, "kernel image ", name, " takes ", arguments,
+                    " arguments, at most ", kMostArguments, " are supported");
+    bool is_new =
+        kernels_.emplace(name, Loaded{.image = std::move(image), .params = std::move(params)})
+            .second;
     require(is_new, "two kernel images are named ", name);
   }
 }
@@ -93,15 +128,14 @@ void Images::load(Loaded& loaded) {
 void Images::launch(cudaStream_t stream, const std::string& name, dim3 grid,
                     std::initializer_list<KernelArg> args) {
   auto& loaded = const_cast<Loaded&>(get(name));
-  const std::vector<KernelArg> given(args);
-  check_arguments(loaded.image, given);
+  check_arguments(name, loaded.params, args);
   if (loaded.kernel == nullptr) load(loaded);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const void* no_scratch = nullptr;
-  std::vector<void*> addresses;
-  addresses.reserve(given.size() + static_cast<size_t>(loaded.image.scratch));
-  for (const KernelArg& arg : given) addresses.push_back(arg.address());
-  for (int i = 0; i < loaded.image.scratch; ++i) addresses.push_back(&no_scratch);
+  std::array<void*, kMostArguments> addresses;
+  size_t count = 0;
+  for (const KernelArg& arg : args) addresses[count++] = arg.address();
+  for (int i = 0; i < loaded.image.scratch; ++i) addresses[count++] = &no_scratch;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(loaded.image.warps) * 32);

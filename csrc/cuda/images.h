@@ -21,12 +21,12 @@ class KernelArg {
   KernelArg(int64_t value) : kind_(Kind::i64) { value_.i64 = value; }
   KernelArg(float value) : kind_(Kind::fp32) { value_.fp32 = value; }
 
-  // Throws Error naming the parameter when it is not of that type or breaks its promise.
-  void check(const std::string& kernel, const std::string& name, const std::string& type) const;
+  enum class Kind { pointer, i32, i64, fp32 };
+  Kind kind() const { return kind_; }
+  int64_t value() const;  // of a number or an address; 0 of an fp32
   void* address() const { return const_cast<void*>(static_cast<const void*>(&value_)); }
 
  private:
-  enum class Kind { pointer, i32, i64, fp32 };
   Kind kind_;
   union {
     const void* pointer;
@@ -36,8 +36,18 @@ class KernelArg {
   } value_{};
 };
 
-// Throws Error when the arguments are not those of the image.
-void check_arguments(const KernelImage& image, const std::vector<KernelArg>& args);
+// What a kernel was compiled for, as its manifest writes it: "*bf16", "i32/16" ...
+struct KernelParam {
+  std::string name;
+  KernelArg::Kind kind;
+  int64_t multiple;  // that the value or the address must be of
+
+  KernelParam(std::string name, const std::string& type);
+};
+
+// Throws Error naming the parameter when an argument is not of its type or breaks its promise.
+void check_arguments(const std::string& kernel, const std::vector<KernelParam>& params,
+                     std::initializer_list<KernelArg> args);
 
 // The images of one device, which is current when a kernel is first used. Not thread-safe.
 class Images {
@@ -56,6 +66,7 @@ class Images {
  private:
   struct Loaded {
     KernelImage image;
+    std::vector<KernelParam> params;
     cudaLibrary_t library = nullptr;
     const void* kernel = nullptr;
   };

@@ -77,7 +77,7 @@ size_t PrefillOps::lay_out(std::byte* base) {
   take(order_, 1, picks);
   take(counts_, experts, rows / kLeastPart + 1);
   take(places_, experts, rows / kLeastPart + 1);
-  take(work_, 3, picks / 32 + experts + 1);
+  take(work_, 3, picks / 16 + experts + 1);
   take(expert_act_, size(c_.moe_intermediate_size), picks);
   take(expert_part_, size(c_.hidden_size), picks);
   return std::max(used, mixer);
@@ -92,7 +92,8 @@ void PrefillOps::begin(cudaStream_t stream, const PrefillRows& rows) {
 
 // The order of a sum does not depend on the tile, so the tile may depend on the number of rows:
 // the first of kernels/specs.py that gives most multiprocessors a block.
-std::string PrefillOps::tile_of(const std::string& name, int outputs, unsigned& blocks) const {
+std::string PrefillOps::tile_of(const std::string& name, std::initializer_list<int> outputs,
+                                unsigned& blocks) const {
   constexpr std::pair<int, int> kTiles[] = {{256, 128}, {128, 128}, {128, 64},
                                             {64, 64},   {32, 64},   {16, 64}};
   const auto enough = static_cast<unsigned>(device_.sms * 3 / 4);
@@ -102,7 +103,9 @@ std::string PrefillOps::tile_of(const std::string& name, int outputs, unsigned& 
     const std::string tile = concat(name, "_", rows, "x", wide);
     if (!images_.has(tile)) continue;
     chosen = tile;
-    blocks = blocks_of(outputs, constant(chosen, "BN")) * blocks_of(rows_.rows, rows);
+    blocks = 0;
+    for (int n : outputs) blocks += blocks_of(n, constant(chosen, "BN"));
+    blocks *= blocks_of(rows_.rows, rows);
     if (blocks >= enough) break;
   }
   require(!chosen.empty(), "there is no kernel image ", name, " for any tile. Compile them again");
@@ -111,7 +114,7 @@ std::string PrefillOps::tile_of(const std::string& name, int outputs, unsigned& 
 
 int PrefillOps::expert_rows() const {
   const int mean = rows_.rows * c_.num_experts_per_tok / c_.num_experts;
-  return mean <= 24 ? 32 : 64;
+  return mean <= 8 ? 16 : mean <= 32 ? 32 : 64;
 }
 
 int PrefillOps::most_work() const {
@@ -132,28 +135,55 @@ void PrefillOps::rms_norm(const float* hidden, const float* weight) {
          {normed_, hidden, weight, c_.hidden_size, static_cast<float>(c_.rms_norm_eps)});
 }
 
-void PrefillOps::project(const char* kind, void* out, int out_stride, int out_offset,
-                         const bf16* input, const WeightView& weight, const float* row_gate) {
-  const WeightSpec& spec = weight.spec;
-  unsigned blocks = 0;
-  const std::string name = tile_of(concat(kind, "_", format_of(spec)), spec.n, blocks);
-  launch(name, dim3(blocks),
-         {out, input, codes_of(weight), weight.data, row_gate, rows_.rows, spec.n, spec.k,
-          tile_words(weight), out_stride, out_offset});
+void PrefillOps::launch_project(const std::string& name, unsigned blocks, void* out,
+                                const bf16* input, const Parts& parts, const float* row_gate) {
+  const WeightView& first = *parts[0].weight;
+  auto outputs = [&](int i) { return parts[i].weight ? parts[i].weight->spec.n : 0; };
+  auto words = [&](int i) -> int64_t {
+    return parts[i].weight ? (parts[i].weight->data - first.data) / 4 : 0;
+  };
+  launch(
+      name, dim3(blocks),
+      {out, input, codes_of(first), first.data, row_gate, rows_.rows, first.spec.n, first.spec.k,
+       tile_words(first), parts[0].stride, parts[0].offset, words(1), outputs(1), parts[1].stride,
+       parts[1].offset, words(2), outputs(2), parts[2].stride, parts[2].offset});
 }
 
-void PrefillOps::project_narrow(float* out, int out_stride, int out_offset,
-                                const WeightView& weight) {
-  const WeightSpec& spec = weight.spec;
-  require(spec.format == WeightFormat::bf16, "the router and the gates must be bf16, got ",
-          format_name(spec.format));
-  const float* no_gate = nullptr;
+void PrefillOps::project(const char* kind, void* out, const bf16* input, const Parts& parts,
+                         const float* row_gate) {
+  auto alike = [](const WeightSpec& a, const WeightSpec& b) {
+    return a.format == b.format && a.group == b.group && a.k == b.k;
+  };
+  std::array<bool, 3> done{};
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (done[i] || parts[i].weight == nullptr) continue;
+    const WeightSpec& spec = parts[i].weight->spec;
+    Parts together{};
+    size_t count = 0;
+    for (size_t j = i; j < parts.size(); ++j)
+      if (!done[j] && parts[j].weight && alike(parts[j].weight->spec, spec)) {
+        together[count++] = parts[j];
+        done[j] = true;
+      }
+    auto n = [&](size_t j) { return j < count ? together[j].weight->spec.n : 0; };
+    unsigned blocks = 0;
+    const std::string name =
+        tile_of(concat(kind, "_", format_of(spec)), {n(0), n(1), n(2)}, blocks);
+    launch_project(name, blocks, out, input, together, row_gate);
+  }
+}
+
+void PrefillOps::project_narrow(float* out, const Parts& parts) {
   const std::string name = concat("project_narrow_", rows_.rows <= 512 ? 32 : 64);
-  launch(
-      name,
-      dim3(blocks_of(spec.n, constant(name, "BN")) * blocks_of(rows_.rows, constant(name, "BM"))),
-      {out, normed_, codes_of(weight), weight.data, no_gate, rows_.rows, spec.n, spec.k,
-       tile_words(weight), out_stride, out_offset});
+  unsigned blocks = 0;
+  for (const Part& part : parts) {
+    if (part.weight == nullptr) continue;
+    require(part.weight->spec.format == WeightFormat::bf16,
+            "the router and the gates must be bf16, got ", format_name(part.weight->spec.format));
+    blocks += blocks_of(part.weight->spec.n, constant(name, "BN"));
+  }
+  launch_project(name, blocks * blocks_of(rows_.rows, constant(name, "BM")), out, normed_, parts,
+                 nullptr);
 }
 
 void PrefillOps::norm_in_proj(const NormInProjArgs<float>& args) {
@@ -161,15 +191,15 @@ void PrefillOps::norm_in_proj(const NormInProjArgs<float>& args) {
   rms_norm(args.hidden, w.input_layernorm);
   if (w.type == LayerType::linear_attention) {
     const int heads = c_.linear_num_value_heads;
-    project("project", proj_, proj_stride_, 0, normed_, w.in_proj_qkv);
-    project("project", proj_, proj_stride_, c_.conv_dim(), normed_, w.in_proj_z);
-    project_narrow(gates_, 2 * heads, 0, w.in_proj_b);
-    project_narrow(gates_, 2 * heads, heads, w.in_proj_a);
+    project("project", proj_, normed_,
+            {{{&w.in_proj_qkv, proj_stride_, 0}, {&w.in_proj_z, proj_stride_, c_.conv_dim()}}});
+    project_narrow(gates_, {{{&w.in_proj_b, 2 * heads, 0}, {&w.in_proj_a, 2 * heads, heads}}});
   } else {
     const int queries = 2 * c_.attention_dim();
-    project("project", proj_, proj_stride_, 0, normed_, w.q_proj);
-    project("project", proj_, proj_stride_, queries, normed_, w.k_proj);
-    project("project", proj_, proj_stride_, queries + c_.kv_dim(), normed_, w.v_proj);
+    project("project", proj_, normed_,
+            {{{&w.q_proj, proj_stride_, 0},
+              {&w.k_proj, proj_stride_, queries},
+              {&w.v_proj, proj_stride_, queries + c_.kv_dim()}}});
   }
 }
 
@@ -216,20 +246,21 @@ void PrefillOps::attention_prefill(const AttentionArgs<float, bf16>& args) {
 }
 
 void PrefillOps::out_proj_residual(const OutProjArgs<float, bf16>& args) {
-  project("project_residual", args.hidden, args.weight.spec.n, 0, core_, args.weight);
+  project("project_residual", args.hidden, core_, {{{&args.weight, args.weight.spec.n, 0}}});
 }
 
 void PrefillOps::norm_router_shared(const NormRouterSharedArgs<float, bf16>& args) {
   const LayerWeights& w = args.layer;
   rms_norm(args.hidden, w.post_attention_layernorm);
-  project_narrow(router_, c_.num_experts, 0, w.gate);
-  project_narrow(shared_scale_, 1, 0, w.shared_expert_gate);
+  project_narrow(router_,
+                 {{{&w.gate, c_.num_experts, 0},
+                   {&w.shared_expert_gate, 1, static_cast<int>(shared_scale_ - router_)}}});
 
   const WeightSpec& spec = w.shared_gate.spec;
   require<Error>(spec == w.shared_up.spec, "shared_gate and shared_up are not of one kind");
   const int64_t up_words = (w.shared_up.data - w.shared_gate.data) / 4;
   unsigned blocks = 0;
-  const std::string name = tile_of(concat("project_pair_", format_of(spec)), spec.n, blocks);
+  const std::string name = tile_of(concat("project_pair_", format_of(spec)), {spec.n}, blocks);
   check_whole(spec.n, name);
   launch(name, dim3(blocks),
          {shared_, normed_, codes_of(w.shared_gate), w.shared_gate.data, rows_.rows, spec.n, spec.k,
@@ -268,7 +299,7 @@ void PrefillOps::down_combine_residual(const DownCombineArgs<float, bf16>& args)
          dim3(blocks_of(c_.hidden_size, constant("combine_experts", "BLOCK")),
               static_cast<unsigned>(rows_.rows)),
          {args.hidden, expert_part_, pick_weight_, c_.hidden_size, c_.num_experts_per_tok});
-  project("project_gated", args.hidden, c_.hidden_size, 0, shared_, args.layer.shared_down,
+  project("project_gated", args.hidden, shared_, {{{&args.layer.shared_down, c_.hidden_size, 0}}},
           shared_scale_);
 }
 

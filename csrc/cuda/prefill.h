@@ -6,6 +6,7 @@
 
 #include <cuda_bf16.h>
 
+#include <array>
 #include <cstddef>
 #include <string>
 
@@ -55,12 +56,23 @@ class PrefillOps {
     images_.launch(stream_, name, grid, args);
   }
   void rms_norm(const float* hidden, const float* weight);
-  // `kind` of projection: "project" and what the name in the table goes on with.
-  void project(const char* kind, void* out, int out_stride, int out_offset, const bf16* input,
-               const WeightView& weight, const float* row_gate = nullptr);
-  void project_narrow(float* out, int out_stride, int out_offset, const WeightView& weight);
+  // One of up to three matrices over the same input, and where its outputs go.
+  struct Part {
+    const WeightView* weight = nullptr;
+    int stride = 0;
+    int offset = 0;
+  };
+  using Parts = std::array<Part, 3>;
+  // `kind` of projection: "project" and what the name in the table goes on with. One launch where
+  // the matrices are of one format.
+  void project(const char* kind, void* out, const bf16* input, const Parts& parts,
+               const float* row_gate = nullptr);
+  void project_narrow(float* out, const Parts& parts);
+  void launch_project(const std::string& name, unsigned blocks, void* out, const bf16* input,
+                      const Parts& parts, const float* row_gate);
   // The name of the table for a product of so many outputs, and its grid.
-  std::string tile_of(const std::string& name, int outputs, unsigned& blocks) const;
+  std::string tile_of(const std::string& name, std::initializer_list<int> outputs,
+                      unsigned& blocks) const;
   void check_whole(int outputs, const std::string& name) const;
   int expert_rows() const;  // of a block of work of the experts
   int most_work() const;    // blocks of work that the picks may need

@@ -96,6 +96,7 @@ def _beside(engine: Engine, length: int, most: int) -> dict[str, Any]:
         "gap_ms_alone": statistics.median(alone),
         "gap_ms_median": statistics.median(gaps),
         "gap_ms_most": max(gaps),
+        "gaps_ms": gaps,
     }
 
 

@@ -23,9 +23,15 @@ KernelImage image() {
 
 const void* at(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 
-void expect_refused(const std::vector<KernelArg>& args, const std::string& why) {
+void check(std::initializer_list<KernelArg> args) {
+  std::vector<KernelParam> params;
+  for (const auto& [name, type] : image().params) params.emplace_back(name, type);
+  check_arguments("one", params, args);
+}
+
+void expect_refused(std::initializer_list<KernelArg> args, const std::string& why) {
   try {
-    check_arguments(image(), args);
+    check(args);
     FAIL() << "accepted; expected: " << why;
   } catch (const Error& error) {
     EXPECT_NE(std::string(error.what()).find(why), std::string::npos) << error.what();
@@ -33,15 +39,16 @@ void expect_refused(const std::vector<KernelArg>& args, const std::string& why) 
 }
 
 TEST(Images, TakeArgumentsOfTheirTypes) {
-  EXPECT_NO_THROW(check_arguments(image(), {at(32), at(36), 48, int64_t{7}, 1.0f}));
-  EXPECT_NO_THROW(check_arguments(image(), {nullptr, at(4), -16, int64_t{-7}, 1.0f}));
+  EXPECT_NO_THROW(check({at(32), at(36), 48, int64_t{7}, 1.0f}));
+  EXPECT_NO_THROW(check({nullptr, at(4), -16, int64_t{-7}, 1.0f}));
+  EXPECT_THROW(KernelParam("x", "u8"), Format);
 }
 
 TEST(Images, RefuseOtherArguments) {
   expect_refused({at(32), at(36), 48, int64_t{7}}, "takes 5 arguments, got 4");
-  expect_refused({at(32), at(36), 48, 7, 1.0f}, "takes stride as i64, got an i32");
-  expect_refused({1, at(36), 48, int64_t{7}, 1.0f}, "takes x as *bf16, got an i32");
-  expect_refused({at(32), at(36), 48, int64_t{7}, int64_t{1}}, "takes eps as fp32, got an i64");
+  expect_refused({at(32), at(36), 48, 7, 1.0f}, "takes stride as an i64, got an i32");
+  expect_refused({1, at(36), 48, int64_t{7}, 1.0f}, "takes x as a pointer, got an i32");
+  expect_refused({at(32), at(36), 48, int64_t{7}, int64_t{1}}, "takes eps as an fp32, got an i64");
 }
 
 TEST(Images, RefuseWhatBreaksAPromise) {

@@ -17,10 +17,19 @@ TYPES = {
     "tile_words": "i32/16",
     "out_stride": "i32/16",
     "out_offset": "i32/16",
+    "words1": "i64/16",
+    "n1": "i32/16",
+    "stride1": "i32/16",
+    "offset1": "i32/16",
+    "words2": "i64/16",
+    "n2": "i32/16",
+    "stride2": "i32/16",
+    "offset2": "i32/16",
 }
 
-# Of a matrix with few outputs, any number of them.
-NARROW_TYPES = {**TYPES, "out": "*fp32/4", "n": "i32", "out_stride": "i32", "out_offset": "i32"}
+# Of matrices with few outputs, any number of them.
+_ANY = ("n", "out_stride", "out_offset", "n1", "stride1", "offset1", "n2", "stride2", "offset2")
+NARROW_TYPES = {**TYPES, "out": "*fp32/4", **dict.fromkeys(_ANY, "i32")}
 
 PAIR_TYPES = {
     "out": "*bf16",
@@ -57,18 +66,28 @@ def project(
     tile_words,
     out_stride,
     out_offset,
+    words1,
+    n1,
+    stride1,
+    offset1,
+    words2,
+    n2,
+    stride2,
+    offset2,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    STEP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    FOLD: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """out[:, offset + ...] = x W^T, or with RESIDUAL out += x W^T, GATED by sigmoid(row_gate).
+    """out[row, out_offset + i] = x[row] W_i, or is added to with RESIDUAL, gated with GATED.
 
-    Grid (blocks of BN outputs * blocks of BM rows), outputs fastest, so that the rows of a block
-    are read from the L2 by its neighbours.
+    Up to three matrices of one format and as many inputs, in one launch: the second lies `words1`
+    words behind the first, has n1 outputs, perhaps none, and a stride and an offset of its own in
+    `out`; the third alike. Grid (blocks of BN outputs of all of them * blocks of BM rows), outputs
+    fastest, so that the rows of a block stay in cache for the next.
 
     Args:
         out: [rows, out_stride], any float type; fp32 [rows, n] residual stream with RESIDUAL.
@@ -76,25 +95,35 @@ def project(
         codes: Tiles of 16 outputs, `tile_words` apart; the first begins at `scales`.
         row_gate: fp32 [rows]; read with GATED only.
     """
-    blocks = tl.cdiv(n, BN)
+    blocks0 = tl.cdiv(n, BN)
+    blocks1 = blocks0 + tl.cdiv(n1, BN)
+    blocks = blocks1 + tl.cdiv(n2, BN)
     block = tl.program_id(0)
-    first = block % blocks * BN
     row = block // blocks * BM + tl.arange(0, BM)
     inside = row < rows
+    block %= blocks
+    words = words1 * 0
+    if block >= blocks1:
+        block -= blocks1
+        words, n, out_stride, out_offset = words2, n2, stride2, offset2
+    elif block >= blocks0:
+        block -= blocks0
+        words, n, out_stride, out_offset = words1, n1, stride1, offset1
+    first = block * BN
     tile = tl.minimum(first // 16 + tl.arange(0, BN // 16), (n - 1) // 16)
     total = multiply(
         codes,
         scales,
-        tile.to(tl.int64) * tile_words,
+        tile.to(tl.int64) * tile_words + words,
         x,
         row.to(tl.int64) * k,
         inside,
         k,
         BITS,
         GROUP,
+        STEP,
         BN,
         BM,
-        FOLD,
     )
     total = tl.trans(total)
     column = first + tl.arange(0, BN)
@@ -120,9 +149,9 @@ def project_pair(
     up_words,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    STEP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    FOLD: tl.constexpr,
 ):
     """out = silu(x G^T) * (x U^T) in fragment order: the gate and up of the shared expert.
 
@@ -151,9 +180,9 @@ def project_pair(
         k,
         BITS,
         GROUP,
+        STEP,
         2 * BN,
         BM,
-        FOLD,
     )
     value = silu_times(total, BN, BM)
     column = first + tl.arange(0, BN)

@@ -58,9 +58,9 @@ def expert_gate_up(
     top_k,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    STEP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    FOLD: tl.constexpr,
 ):
     """out[place] = silu(x G^T) * (x U^T) of the pick at each place, in fragment order.
 
@@ -95,9 +95,9 @@ def expert_gate_up(
         k,
         BITS,
         GROUP,
+        STEP,
         2 * BN,
         BM,
-        FOLD,
     )
     column = first + tl.arange(0, BN)
     to = out + place.to(tl.int64)[:, None] * n + column[None, :]
@@ -117,9 +117,9 @@ def expert_down(
     tile_words,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    STEP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    FOLD: tl.constexpr,
 ):
     """out[pick] = x[place] D^T. Grid (n / BN * most blocks of work), outputs fastest.
 
@@ -147,9 +147,9 @@ def expert_down(
         k,
         BITS,
         GROUP,
+        STEP,
         BN,
         BM,
-        FOLD,
     )
     column = first + tl.arange(0, BN)
     to = out + pick.to(tl.int64)[:, None] * n + column[None, :]

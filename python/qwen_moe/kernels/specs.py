@@ -59,17 +59,27 @@ def format_name(bits: int, group: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows and outputs of a block of a product."""
+    """Rows and outputs of a block of a product.
+
+    A row's bits do not depend on it: every tile sums in the same order.
+    """
 
     rows: int
     outputs: int
     warps: int
     stages: int
+    step: int = 128  # inputs at a time, where a group has as many
 
+    def constants(self, bits: int, group: int, *, halves: bool = False) -> dict[str, Any]:
+        """Of a kernel over weights of a format; `halves` is one that takes gates and ups."""
+        return {
+            "BITS": bits,
+            "GROUP": group,
+            "STEP": min(self.step, group),
+            "BM": self.rows,
+            "BN": self.outputs // 2 if halves else self.outputs,
+        }
 
-# Weights meet the tensor cores scaled (kernels/tiles.py, `multiply`). Every tile of a product does
-# the same, so that a row's bits do not depend on the tile.
-FOLD = True
 
 # Of dense products: the first that gives most multiprocessors a block is taken. What each is for
 # was measured with benchmarks/bench_prefill_kernels.py on an H100.
@@ -83,47 +93,36 @@ TILES = (
 )
 
 # Of experts, by the rows that one has on average.
-EXPERT_TILES = (Tile(32, 128, 4, 3), Tile(64, 128, 4, 3))
+EXPERT_TILES = (Tile(16, 128, 4, 4), Tile(32, 128, 4, 3), Tile(64, 128, 4, 3))
 
 
 def _dense() -> list[Spec]:
     table = []
+    plain, residual = {"RESIDUAL": False, "GATED": False}, {"RESIDUAL": True, "GATED": False}
+    wide = {**dense.TYPES, "out": "*fp32"}
+    kinds: list[tuple[str, Mapping[str, str], dict[str, Any]]] = [
+        ("project", dense.TYPES, plain),
+        ("project_residual", wide, residual),
+        ("project_gated", wide, {**residual, "GATED": True}),
+    ]
     for bits, group in FORMATS:
+        name = format_name(bits, group)
         for tile in TILES:
             if bits == 8 and (tile.rows, tile.outputs) == (128, 128):
                 continue  # slower than 128 x 64 at every size
-            name = f"{format_name(bits, group)}_{tile.rows}x{tile.outputs}"
-            shape = {"BITS": bits, "GROUP": group, "BM": tile.rows, "BN": tile.outputs}
+            size = f"{name}_{tile.rows}x{tile.outputs}"
             launch = {"warps": tile.warps, "stages": tile.stages}
-            plain = {**shape, "FOLD": FOLD, "RESIDUAL": False, "GATED": False}
-            wide = {**dense.TYPES, "out": "*fp32"}
+            shape, halves = tile.constants(bits, group), tile.constants(bits, group, halves=True)
             table += [
-                Spec(f"project_{name}", dense.project, dense.TYPES, plain, **launch),
-                Spec(
-                    f"project_residual_{name}",
-                    dense.project,
-                    wide,
-                    {**plain, "RESIDUAL": True},
-                    **launch,
-                ),
-                Spec(
-                    f"project_gated_{name}",
-                    dense.project,
-                    wide,
-                    {**plain, "RESIDUAL": True, "GATED": True},
-                    **launch,
-                ),
-                Spec(
-                    f"project_pair_{name}",
-                    dense.project_pair,
-                    dense.PAIR_TYPES,
-                    {**shape, "BN": tile.outputs // 2, "FOLD": FOLD},
-                    **launch,
-                ),
+                Spec(f"{kind}_{size}", dense.project, types, {**shape, **flags}, **launch)
+                for kind, types, flags in kinds
             ]
+            table.append(
+                Spec(f"project_pair_{size}", dense.project_pair, dense.PAIR_TYPES, halves, **launch)
+            )
         table.append(
             Spec(
-                f"unpack_{format_name(bits, group)}",
+                f"unpack_{name}",
                 dense.unpack,
                 dense.UNPACK_TYPES,
                 {"BITS": bits, "GROUP": group, "BN": 128},
@@ -133,10 +132,17 @@ def _dense() -> list[Spec]:
 
 
 def _narrow() -> list[Spec]:
-    shape = {"BITS": 16, "GROUP": 64, "BN": 64, "FOLD": False, "RESIDUAL": False, "GATED": False}
+    flags = {"RESIDUAL": False, "GATED": False}
     return [
-        Spec(f"project_narrow_{rows}", dense.project, dense.NARROW_TYPES, {**shape, "BM": rows})
-        for rows in (64, 32)
+        Spec(
+            f"project_narrow_{tile.rows}",
+            dense.project,
+            dense.NARROW_TYPES,
+            {**tile.constants(16, 64), **flags},
+            warps=tile.warps,
+            stages=tile.stages,
+        )
+        for tile in (Tile(64, 64, 4, 3), Tile(32, 64, 4, 4))
     ]
 
 
@@ -225,21 +231,20 @@ def _routed() -> list[Spec]:
     for bits, group in FORMATS:
         for tile in EXPERT_TILES:
             name = f"{format_name(bits, group)}_m{tile.rows}"
-            shape = {"BITS": bits, "GROUP": group, "BM": tile.rows}
             launch = {"warps": tile.warps, "stages": tile.stages}
             table += [
                 Spec(
                     f"expert_gate_up_{name}",
                     moe.expert_gate_up,
                     moe.GATE_UP_TYPES,
-                    {**shape, "BN": tile.outputs // 2, "FOLD": FOLD},
+                    tile.constants(bits, group, halves=True),
                     **launch,
                 ),
                 Spec(
                     f"expert_down_{name}",
                     moe.expert_down,
                     moe.DOWN_TYPES,
-                    {**shape, "BN": tile.outputs, "FOLD": FOLD},
+                    tile.constants(bits, group),
                     **launch,
                 ),
             ]

@@ -11,7 +11,7 @@ makes it (`fragment_order`).
 import triton
 import triton.language as tl
 
-from .interpreted import dot, dot_add
+from .interpreted import dot_add
 from .widen import pair, twice, widen_int4, widen_int8
 
 
@@ -82,49 +82,39 @@ def multiply(
     k,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    STEP: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
-    FOLD: tl.constexpr,
 ):
     """W X^T of some tiles and rows: [BN, BM] fp32.
 
-    A group of inputs with one scale is summed on the tensor cores over exact codes, and only the
-    sum is scaled: the same arithmetic as in decode, and no weight is rounded. With FOLD the scales
-    go into the weights, which rounds each of them to bf16 once. It saves a second set of sums, and
-    the tensor cores need not be waited for in every step. The order of the sum is that of the
-    inputs, whatever rows are beside it.
+    Weights meet the tensor cores scaled, each rounded to bf16 once; decode scales the sums of a
+    group instead. So there is one set of sums, and the tensor cores need not be waited for in every
+    step. The order of the sum is that of the inputs, whatever rows are beside it and whatever the
+    tile and the step.
 
     Args:
         codes: int32, codes of the first tile; `scales` is fp16, its scales.
         tile_offset: [BN / 16] int64, words from there to each tile.
         x: bf16 rows in fragment order, at `row_offset` [BM] int64; rows without `row_mask` are 0.
         k: Inputs, a multiple of GROUP.
+        STEP: Inputs at a time, 64 or a group.
     """
-    units: tl.constexpr = GROUP // 64
-    step: tl.constexpr = units * 32 * BITS
-    code_ptrs = codes + tile_offset[:, None] + tl.arange(0, step)[None, :]
-    x_ptrs = x + row_offset[:, None] + tl.arange(0, GROUP)[None, :]
+    units: tl.constexpr = STEP // 64
+    words_step: tl.constexpr = units * 32 * BITS
+    code_ptrs = codes + tile_offset[:, None] + tl.arange(0, words_step)[None, :]
+    x_ptrs = x + row_offset[:, None] + tl.arange(0, STEP)[None, :]
+    scale_ptrs = scales + (tile_offset * 2)[:, None] + tl.arange(0, 16)[None, :]
     total = tl.zeros((BN, BM), tl.float32)
-    if BITS == 16:
-        for _ in range(k // GROUP):
-            words = tl.load(code_ptrs)
-            rows = tl.load(x_ptrs, mask=row_mask[:, None], other=0.0)
-            total = dot_add(expand(words, BITS, BN // 16, units), tl.trans(rows), total)
-            code_ptrs += step
-            x_ptrs += GROUP
-    else:
-        scale_ptrs = scales + (tile_offset * 2)[:, None] + tl.arange(0, 16)[None, :]
-        for _ in range(k // GROUP):
-            words = tl.load(code_ptrs)
-            scale = tl.load(scale_ptrs)
-            rows = tl.load(x_ptrs, mask=row_mask[:, None], other=0.0)
-            if FOLD:
-                w = expand_scaled(words, scale, BITS, BN // 16, units)
-                total = dot_add(w, tl.trans(rows), total)
-            else:
-                part = dot(expand(words, BITS, BN // 16, units), tl.trans(rows))
-                total += part * tl.reshape(scale, (BN,)).to(tl.float32)[:, None]
-            code_ptrs += step
-            scale_ptrs += 16
-            x_ptrs += GROUP
+    for i in range(k // STEP):
+        words = tl.load(code_ptrs)
+        rows = tl.load(x_ptrs, mask=row_mask[:, None], other=0.0)
+        if BITS == 16:
+            w = expand(words, BITS, BN // 16, units)
+        else:
+            scale = tl.load(scale_ptrs + i * STEP // GROUP * 16)
+            w = expand_scaled(words, scale, BITS, BN // 16, units)
+        total = dot_add(w, tl.trans(rows), total)
+        code_ptrs += words_step
+        x_ptrs += STEP
     return total
