@@ -15,6 +15,7 @@ IMAGE = Image(
     params=(("out", "*bf16"), ("columns", "i32/16")),
     constants=(("BLOCK", 1024),),
     scratch=2,
+    overlaps=True,
 )
 
 

@@ -391,12 +391,14 @@ void register_engine(py::module_& m) {
   py::class_<KernelImage>(m, "KernelImage")
       .def(py::init([](std::string name, std::string symbol, const py::bytes& code, int shared,
                        int warps, std::vector<std::pair<std::string, std::string>> params,
-                       std::vector<std::pair<std::string, int>> constants, int scratch) {
+                       std::vector<std::pair<std::string, int>> constants, int scratch,
+                       bool overlaps) {
              return KernelImage{std::move(name), std::move(symbol), std::string(code),    shared,
-                                warps,           std::move(params), std::move(constants), scratch};
+                                warps,           std::move(params), std::move(constants), scratch,
+                                overlaps};
            }),
            py::kw_only(), "name"_a, "symbol"_a, "code"_a, "shared"_a, "warps"_a, "params"_a,
-           "constants"_a, "scratch"_a)
+           "constants"_a, "scratch"_a, "overlaps"_a)
       .def_readonly("name", &KernelImage::name);
 
   py::class_<Progress>(m, "Progress")

@@ -9,7 +9,10 @@ namespace qwen_moe::cuda {
 namespace {
 
 constexpr int kChunk = kPageTokens;
-constexpr int kLeastPart = 16;  // tokens that a block of the router takes, at least
+constexpr int kFewRows = 512;  // up to that, small tiles give more blocks
+
+// Tokens that a block of the router takes.
+constexpr int part_of(int rows) { return rows <= kFewRows ? 4 : 16; }
 
 unsigned blocks_of(int64_t count, int size) {
   return static_cast<unsigned>((count + size - 1) / size);
@@ -54,6 +57,9 @@ size_t PrefillOps::lay_out(std::byte* base) {
   auto size = [](int n) { return static_cast<size_t>(n); };
   const size_t chunks = rows / kChunk + 2;  // the first and the last may be cut
   const size_t heads = size(c_.linear_num_value_heads), dim = size(c_.linear_value_head_dim);
+  const int few = std::min(max_rows_, kFewRows);
+  const size_t parts =
+      std::max(blocks_of(few, part_of(few)), blocks_of(max_rows_, part_of(max_rows_)));
   const size_t picks = rows * size(c_.num_experts_per_tok), experts = size(c_.num_experts);
   take(normed_, size(c_.hidden_size), rows);
   take(shared_, size(c_.shared_expert_intermediate_size), rows);
@@ -75,8 +81,8 @@ size_t PrefillOps::lay_out(std::byte* base) {
   take(ids_, 1, picks);
   take(ranks_, 1, picks);
   take(order_, 1, picks);
-  take(counts_, experts, rows / kLeastPart + 1);
-  take(places_, experts, rows / kLeastPart + 1);
+  take(counts_, experts, parts);
+  take(places_, experts, parts);
   take(work_, 3, picks / 16 + experts + 1);
   take(expert_act_, size(c_.moe_intermediate_size), picks);
   take(expert_part_, size(c_.hidden_size), picks);
@@ -174,7 +180,8 @@ void PrefillOps::project(const char* kind, void* out, const bf16* input, const P
 }
 
 void PrefillOps::project_narrow(float* out, const Parts& parts) {
-  const std::string name = concat("project_narrow_", rows_.rows <= 512 ? 32 : 64);
+  const bool few = rows_.rows <= kFewRows && c_.hidden_size % 128 == 0;
+  const std::string name = few ? "project_narrow_32" : "project_narrow_64";
   unsigned blocks = 0;
   for (const Part& part : parts) {
     if (part.weight == nullptr) continue;
@@ -270,8 +277,9 @@ void PrefillOps::norm_router_shared(const NormRouterSharedArgs<float, bf16>& arg
 void PrefillOps::routed_gate_up(const RoutedGateUpArgs<float, bf16>& args) {
   const int rows = rows_.rows, experts = c_.num_experts, top_k = c_.num_experts_per_tok;
   const int width = experts <= 64 ? 64 : experts <= 256 ? 256 : 512, tile = expert_rows();
-  const std::string top = concat("top_experts_", width, "_", top_k <= 8 ? 8 : 16);
-  const int part = constant(top, "BT");
+  const std::string top =
+      concat("top_experts_", width, "_", top_k <= 8 ? 8 : 16, "_", part_of(rows));
+  const int part = part_of(rows);
   const unsigned parts = blocks_of(rows, part);
   launch(top, dim3(parts), {ids_, pick_weight_, ranks_, counts_, router_, rows, experts, top_k});
   launch(concat("plan_experts_", width), dim3(1),

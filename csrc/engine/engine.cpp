@@ -208,13 +208,17 @@ bool Engine::run(std::span<const SessionId> ids, int tokens, bool any,
   while (true) {
     std::lock_guard lock(mutex_);
     size_t done = 0;
+    bool ended = false;  // and a step that was fed its last token is in flight
     for (SessionId id : ids) {
       const Record& r = record(id);
       done += !r.running || (tokens > 0 && static_cast<int>(r.new_tokens.size()) >= tokens);
+      ended = ended || (!r.running && r.draws > 0);
     }
+    // What is drawn for a running request stays in flight: whoever asks for tokens one by one finds
+    // the device a step ahead, and nobody waits here for somebody else's prompt.
     bool enough = any ? done > 0 : done == ids.size();
     if (enough || (interrupt && interrupt->load())) {
-      settle();
+      if (ended) settle();
       return enough;
     }
     step_locked();

@@ -18,7 +18,8 @@ struct KernelImage {
   int warps = 0;                                            // of a block
   std::vector<std::pair<std::string, std::string>> params;  // name and type, in order
   std::vector<std::pair<std::string, int>> constants;       // rows of a block and such
-  int scratch = 0;  // pointers behind the params; the kernels that we compile want null
+  int scratch = 0;        // pointers behind the params; the kernels that we compile want null
+  bool overlaps = false;  // may be launched before its predecessor has ended: waits for it itself
 };
 
 }  // namespace qwen_moe

@@ -254,6 +254,7 @@ class KernelImage:
         params: Sequence[tuple[str, str]],
         constants: Sequence[tuple[str, int]],
         scratch: int,
+        overlaps: bool,
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -318,9 +319,8 @@ class Engine:
     def run(self, sessions: Sequence[int], *, tokens: int = 0, any: bool = False) -> None:
         """Steps the engine until all of `sessions` (or with `any`, one of them) have no request
         running, or hold at least `tokens` (> 0) tokens not yet polled. Steps serve every session
-        with work. On CUDA the engine is one step ahead of the tokens that it knows, so a session
-        may hold one more than was asked for. Raises KeyboardInterrupt within one step of Ctrl-C;
-        requests then stay where they are."""
+        with work. On CUDA the engine is one step ahead of the tokens that it knows. Raises
+        KeyboardInterrupt within one step of Ctrl-C; requests then stay where they are."""
     def poll(self, session: int) -> Progress: ...
     def position(self, session: int) -> int:
         """Tokens in the timeline: where the next one goes."""

@@ -50,6 +50,7 @@ def core_image(image: images.Image) -> _core.KernelImage:
         params=image.params,
         constants=image.constants,
         scratch=image.scratch,
+        overlaps=image.overlaps,
     )
 
 

@@ -295,6 +295,24 @@ TEST(Ahead, AnErrorOfCollectPoisonsTheRowsOfThatDraw) {
   EXPECT_EQ(rig.draw(spared, prompt(5, 10), 6), expected(prompt(5, 10), 6));
 }
 
+TEST(Ahead, TokensAskedForOneByOneLeaveTheNextStepInFlight) {
+  Ahead rig;
+  SessionId id = rig.engine->open(), other = rig.engine->open();
+  rig.submit(id, prompt(1, 10), 30);
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < 12; ++i) {
+    rig.engine->run({&id, 1}, 1, false, nullptr);
+    for (int32_t token : rig.engine->poll(id).tokens) tokens.push_back(token);
+    EXPECT_EQ(static_cast<int>(tokens.size()), i + 1);
+    EXPECT_LE(rig.engine->stats().decode_steps, i + 2);
+  }
+  // A verb on another session waits for it and takes nothing from it.
+  rig.engine->reset(other);
+  rig.finish(id);
+  for (int32_t token : rig.engine->poll(id).tokens) tokens.push_back(token);
+  EXPECT_EQ(tokens, expected(prompt(1, 10), 30));
+}
+
 TEST(Ahead, AStaleDrawPoisonsItsRowAlone) {
   Ahead rig;
   SessionId bad = rig.running(prompt(1, 10), 2), good = rig.running(prompt(2, 10), 2, 20);

@@ -49,7 +49,8 @@ std::vector<KernelImage> read_images(const std::string& folder) {
                       .symbol = field("symbol"),
                       .shared = std::stoi(field("shared")),
                       .warps = std::stoi(field("warps")),
-                      .scratch = std::stoi(field("scratch"))};
+                      .scratch = std::stoi(field("scratch")),
+                      .overlaps = field("overlaps") == "true"};
     image.code = read_file(folder + "/" + image.name + ".cubin");
     const std::regex item("\\[\\s*\"(\\w+)\",\\s*(\"[^\"]+\"|-?\\d+)\\s*\\]");
     for (std::sregex_iterator i(entry.begin(), entry.end(), item), end; i != end; ++i) {

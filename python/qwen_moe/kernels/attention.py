@@ -9,7 +9,7 @@ that a row does not see add nothing and change nothing.
 import triton
 import triton.language as tl
 
-from .interpreted import dot, dot_add
+from .interpreted import dot, dot_add, follow
 from .tiles import fragment_order
 
 PAGE = tl.constexpr(64)
@@ -95,6 +95,7 @@ def attention(
         pages: int32, of the session from its first token on.
         start: Position of the first row.
     """
+    follow()
     kv_head = tl.program_id(0)
     group = heads // kv_heads
     tokens = BM // group

@@ -6,6 +6,8 @@ A page holds 64 tokens of one layer: keys [kv heads, 64, DIM], then values alike
 import triton
 import triton.language as tl
 
+from .interpreted import follow
+
 PAGE = tl.constexpr(64)
 
 TYPES = {
@@ -60,6 +62,7 @@ def attention_append(
         pages: int32, of the session from its first token on.
         start: Position of the first row.
     """
+    follow()
     head = tl.program_id(0)
     row = tl.program_id(1) * BT + tl.arange(0, BT)
     dim = tl.arange(0, DIM)

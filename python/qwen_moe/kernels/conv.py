@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .interpreted import follow
+
 TYPES = {
     "out": "*bf16",
     "proj": "*bf16",
@@ -49,6 +51,7 @@ def conv_silu_norm(
         taps: fp32 [4, channels], oldest first.
         query_scale: Factor of the q heads.
     """
+    follow()
     head = tl.program_id(0)
     row = tl.program_id(1) * BT + tl.arange(0, BT)
     channel = head * DIM + tl.arange(0, DIM)
@@ -81,6 +84,7 @@ def conv_window(window, proj, rows, proj_stride, channels, BLOCK: tl.constexpr):
 
     A kernel of its own: every block of `conv_silu_norm` may read the window.
     """
+    follow()
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < channels
     a = _input(window, proj, rows - 3, proj_stride, channels, channel, inside)

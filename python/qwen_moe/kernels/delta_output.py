@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .interpreted import dot, dot_add
+from .interpreted import dot, dot_add, follow
 from .tiles import fragment_order
 
 CHUNK = tl.constexpr(64)
@@ -55,6 +55,7 @@ def delta_output(
         z: [rows, z_stride], heads * DIM gates.
         norm: fp32 [DIM].
     """
+    follow()
     head = tl.program_id(0)
     chunk = tl.program_id(1)
     i = tl.arange(0, CHUNK)

@@ -15,7 +15,7 @@ Rows that a chunk lacks at its begin or end have k = v = b = g = 0 and change no
 import triton
 import triton.language as tl
 
-from .interpreted import INTERPRETED, dot
+from .interpreted import INTERPRETED, dot, follow
 
 CHUNK = tl.constexpr(64)
 
@@ -110,6 +110,7 @@ def delta_prepare(
         rows: Tokens.
         offset: Of the first token in its chunk.
     """
+    follow()
     head = tl.program_id(0)
     chunk = tl.program_id(1)
     i = tl.arange(0, CHUNK)

@@ -6,7 +6,7 @@ Columns of the state never mix, so a head is split over blocks by value columns.
 import triton
 import triton.language as tl
 
-from .interpreted import dot, dot_add
+from .interpreted import dot, dot_add, follow
 
 CHUNK = tl.constexpr(64)
 
@@ -55,6 +55,7 @@ def delta_scan(
         rows: Tokens.
         offset: Of the first token in its chunk.
     """
+    follow()
     head = tl.program_id(1)
     column = tl.program_id(0) * BV + tl.arange(0, BV)
     dim = tl.arange(0, DIM)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .interpreted import follow
 from .tiles import expand, fragment_order, multiply
 
 TYPES = {
@@ -95,6 +96,7 @@ def project(
         codes: Tiles of 16 outputs, `tile_words` apart; the first begins at `scales`.
         row_gate: fp32 [rows]; read with GATED only.
     """
+    follow()
     blocks0 = tl.cdiv(n, BN)
     blocks1 = blocks0 + tl.cdiv(n1, BN)
     blocks = blocks1 + tl.cdiv(n2, BN)
@@ -162,6 +164,7 @@ def project_pair(
         out: bf16 [rows, n], n a multiple of BN.
         x: bf16 [rows, k] in fragment order.
     """
+    follow()
     blocks = n // BN
     block = tl.program_id(0)
     first = block % blocks * BN
@@ -209,6 +212,7 @@ def unpack(
     Args:
         out: bf16 [n, k].
     """
+    follow()
     first = tl.program_id(0) * BN
     group = tl.program_id(1)
     step: tl.constexpr = GROUP // 2 * BITS

@@ -6,6 +6,7 @@ architecture that it was made from, and every file's hash.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,18 +15,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
+
     from .specs import Spec
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 PACKAGED = Path(__file__).parent / "images"  # what a build with Triton leaves here
 BITS = {"i32": 32, "i64": 64, "fp32": 32}
+_PTX_MEMORY = re.compile(r"\b(ld\.global|st\.global|cp\.async|red\.|atom\.)[.\w]*")
 _PTX_PARAMETER = re.compile(r"\.param\s+\.[a-z]+(\d+)\s[^,)]*_param_(\d+)")
 
 
@@ -46,6 +50,7 @@ class Image:
         params: Name and type of every argument, in order.
         constants: What it was compiled for, such as rows and outputs of a block.
         scratch: Pointers that Triton appends to the arguments; null for these kernels.
+        overlaps: May be launched before its predecessor has ended; it waits for that itself.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Image:
     params: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, int], ...]
     scratch: int
+    overlaps: bool
 
 
 def source_hash() -> str:
@@ -105,6 +111,41 @@ def check_parameters(ptx: str, params: Sequence[tuple[str, str]]) -> int:
     return len(extra)
 
 
+def waits_first(ptx: str) -> bool:
+    """Whether the kernel waits for its predecessor, before it touches memory.
+
+    Raises:
+        ImageError: It reads or writes first.
+    """
+    wait = ptx.find("griddepcontrol.wait")
+    touch = _PTX_MEMORY.search(ptx)
+    if wait >= 0 and touch is not None and touch.start() < wait:
+        raise ImageError(f"the kernel has {touch[0]} before it waits for its predecessor")
+    return wait >= 0
+
+
+@dataclass(frozen=True)
+class _AheadOfTime:
+    """What a kernel's source learns of the device it is compiled for, in a GPU's absence."""
+
+    target: GPUTarget
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@contextlib.contextmanager
+def _compiling_for(target: GPUTarget) -> Iterator[None]:
+    from triton.runtime import driver
+
+    before = driver._active
+    driver.set_active(_AheadOfTime(target))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
 def compile_spec(spec: Spec, arch: int) -> Image:
     """Compiles one kernel for compute capability `arch` / 10; needs no GPU."""
     import triton
@@ -125,15 +166,17 @@ def compile_spec(spec: Spec, arch: int) -> Image:
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned
     }
     source = ASTSource(spec.kernel, signature, dict(spec.constants), attributes)
-    made = triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        options={
-            "num_warps": spec.warps,
-            "num_stages": spec.stages,
-            "enable_fp_fusion": True,
-        },
-    )
+    target = GPUTarget("cuda", arch, 32)
+    with _compiling_for(target):
+        made = triton.compile(
+            source,
+            target=target,
+            options={
+                "num_warps": spec.warps,
+                "num_stages": spec.stages,
+                "enable_fp_fusion": True,
+            },
+        )
     about = made.metadata
     scratch = about.global_scratch_size + getattr(about, "profile_scratch_size", 0)
     if scratch or about.num_ctas != 1:
@@ -148,6 +191,7 @@ def compile_spec(spec: Spec, arch: int) -> Image:
         params=params,
         constants=tuple((k, int(v)) for k, v in spec.constants.items() if isinstance(v, int)),
         scratch=check_parameters(made.asm["ptx"], params),
+        overlaps=waits_first(made.asm["ptx"]),
     )
 
 

@@ -7,8 +7,22 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def follow():
+    """First of every kernel: waits for the kernel before it, and lets the one behind it come.
+
+    Where launches overlap (compute capability 9.0), a kernel is on the GPU before its predecessor
+    has ended, and this is where it waits for what that leaves. As every kernel does, all before it
+    have ended too.
+    """
+    if not INTERPRETED and cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

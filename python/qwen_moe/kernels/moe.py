@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .dense import silu_times
+from .interpreted import follow
 from .tiles import multiply
 
 GATE_UP_TYPES = {
@@ -73,6 +74,7 @@ def expert_gate_up(
         order: int32 [picks], pick at each place.
         work: As `plan_experts` leaves it.
     """
+    follow()
     blocks = n // BN
     piece = tl.program_id(0) // blocks
     if piece >= tl.load(work):
@@ -127,6 +129,7 @@ def expert_down(
         out: bf16 or fp32 [picks, n], by token and rank; n is a multiple of BN.
         x: bf16 [picks, k] in fragment order, in the order by expert.
     """
+    follow()
     blocks = n // BN
     piece = tl.program_id(0) // blocks
     if piece >= tl.load(work):
@@ -165,6 +168,7 @@ def combine_experts(hidden, parts, weights, columns, top_k, BLOCK: tl.constexpr)
         parts: bf16 or fp32 [tokens, top_k, columns].
         weights: fp32 [tokens, top_k].
     """
+    follow()
     token = tl.program_id(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns

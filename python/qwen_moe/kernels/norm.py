@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .interpreted import follow
 from .tiles import fragment_order
 
 TYPES = {
@@ -24,6 +25,7 @@ def rms_norm(out, x, weight, columns, eps, BLOCK: tl.constexpr):
         weight: fp32 [columns], 1 + w of the checkpoint.
         columns: A multiple of 64, at most BLOCK.
     """
+    follow()
     row = tl.program_id(0).to(tl.int64) * columns
     column = tl.arange(0, BLOCK)
     inside = column < columns

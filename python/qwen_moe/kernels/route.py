@@ -7,6 +7,8 @@ every pick then knows its place.
 import triton
 import triton.language as tl
 
+from .interpreted import follow
+
 TOP_TYPES = {
     "ids": "*i32",
     "weights": "*fp32",
@@ -61,6 +63,7 @@ def top_experts(
         counts: int32 [blocks, experts].
         logits: fp32 [rows, experts], experts <= EXPERTS.
     """
+    follow()
     block = tl.program_id(0)
     row = block * BT + tl.arange(0, BT)
     expert = tl.arange(0, EXPERTS)
@@ -123,6 +126,7 @@ def plan_experts(
         counts: int32 [blocks, experts].
         block_rows: Picks that one block of work takes.
     """
+    follow()
     expert = tl.arange(0, EXPERTS)
     inside = (expert < experts)[None, :]
     total = tl.zeros((EXPERTS,), tl.int32)
@@ -158,6 +162,7 @@ def sort_picks(order, ids, ranks, places, picks, experts, block_picks, BLOCK: tl
     Args:
         block_picks: Picks of a block of `top_experts`, BT * top_k.
     """
+    follow()
     pick = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pick < picks
     expert = tl.load(ids + pick, mask=inside, other=0)

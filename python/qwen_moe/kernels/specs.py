@@ -138,11 +138,11 @@ def _narrow() -> list[Spec]:
             f"project_narrow_{tile.rows}",
             dense.project,
             dense.NARROW_TYPES,
-            {**tile.constants(16, 64), **flags},
+            {**tile.constants(16, 64), "STEP": tile.step, **flags},
             warps=tile.warps,
             stages=tile.stages,
         )
-        for tile in (Tile(64, 64, 4, 3), Tile(32, 64, 4, 4))
+        for tile in (Tile(64, 64, 4, 3, step=64), Tile(32, 64, 4, 4))
     ]
 
 
@@ -200,8 +200,7 @@ def _attention() -> list[Spec]:
     ]
 
 
-# What the core must know beside the table.
-ROUTE_TOKENS = 16  # of a block of top_experts
+ROUTE_TOKENS = (4, 16)  # of a block of top_experts, for few tokens and for many
 SORT_PICKS = 256  # of a block of sort_picks
 
 
@@ -209,16 +208,17 @@ def _routed() -> list[Spec]:
     table = []
     for experts in (64, 256, 512):
         sizes = {"EXPERTS": experts}
-        for top in (8, 16):
-            table.append(
-                Spec(
-                    f"top_experts_{experts}_{top}",
-                    route.top_experts,
-                    route.TOP_TYPES,
-                    {"BT": ROUTE_TOKENS, **sizes, "TOP": top},
-                    warps=8,
-                )
+        table += [
+            Spec(
+                f"top_experts_{experts}_{top}_{tokens}",
+                route.top_experts,
+                route.TOP_TYPES,
+                {"BT": tokens, **sizes, "TOP": top},
+                warps=8,
             )
+            for top in (8, 16)
+            for tokens in ROUTE_TOKENS
+        ]
         table.append(
             Spec(
                 f"plan_experts_{experts}",
