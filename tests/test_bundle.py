@@ -6,10 +6,14 @@ import errno
 import fcntl
 import json
 import os
+import random
 import re
 import resource
 import shutil
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +69,18 @@ def edit(path: Path, change: Callable[[dict], Any]) -> None:
     manifest = json.loads((path / MANIFEST).read_text())
     change(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+def empty_model(checkpoint: Checkpoint, identity: str) -> _core.Model:
+    return _core.Model(
+        config=checkpoint.config,
+        recipe="int4",
+        dtype=checkpoint.dtype,
+        checkpoint=identity,
+        devices=["cpu"],
+        split=[],
+        threads=1,
+    )
 
 
 def names(path: Path) -> list[str]:
@@ -220,15 +236,7 @@ def test_damage_in_an_early_piece_leaves_the_tensor_incomplete(
     with tensor.file.open("r+b") as file:
         file.seek(tensor.offset)
         file.write(b"\xff\xff\xff\xff")
-    model = _core.Model(
-        config=checkpoint.config,
-        recipe="int4",
-        dtype=checkpoint.dtype,
-        checkpoint=checkpoint.identity,
-        devices=["cpu"],
-        split=[],
-        threads=1,
-    )
+    model = empty_model(checkpoint, checkpoint.identity)
     slot = next(slot for slot in model.slots if slot.fqn == tensor.fqn)
     assert slot.unit_bytes * slot.shape[0] == slot.bytes > 5000
     with pytest.raises(qwen_moe.FormatError, match="checksum"):
@@ -321,24 +329,60 @@ def test_a_manifest_that_does_not_fit_is_refused(
 
 def test_packed_bytes_must_be_whole_units(original: Path) -> None:
     checkpoint = Checkpoint(original)
-    model = _core.Model(
-        config=checkpoint.config,
-        recipe="int4",
-        dtype=checkpoint.dtype,
-        checkpoint="units",
-        devices=["cpu"],
-        split=[],
-        threads=1,
-    )
-    slot = next(slot for slot in model.slots if slot.fqn == "lm_head.weight")
+    assert checkpoint.bundle is not None
+    tensor = checkpoint.bundle.tensors["lm_head.weight"]
+    model = empty_model(checkpoint, "units")
+    slot = next(slot for slot in model.slots if slot.fqn == tensor.fqn)
     unit = slot.unit_bytes
-    for size, at in ((unit - 1, 0), (unit, 1), (unit, slot.bytes), (0, 0), (2 * slot.bytes, 0)):
-        with pytest.raises(qwen_moe.FormatError, match="whole units"):
-            model.put_packed(slot.fqn, bytes(size), at)
-    with pytest.raises(qwen_moe.InvalidArgument, match="no tensor named"):
-        model.put_packed("other.weight", bytes(unit))
+    with tensor.file.open("rb") as file:
+
+        def read(size: int, at: int, fqn: str = tensor.fqn) -> int:
+            return model.read_packed(fqn, file.fileno(), tensor.offset + at, size, at)
+
+        for size, at in ((unit - 1, 0), (unit, 1), (unit, slot.bytes), (0, 0), (2 * slot.bytes, 0)):
+            with pytest.raises(qwen_moe.FormatError, match="whole units"):
+                read(size, at)
+        with pytest.raises(qwen_moe.InvalidArgument, match="no tensor named"):
+            read(unit, 0, "other.weight")
+        with pytest.raises(qwen_moe.FormatError, match="cannot be read: Bad file descriptor"):
+            model.read_packed(tensor.fqn, -1, 0, unit)
+        assert read(slot.bytes, 0) == tensor.crc32
+        model.accept(tensor.fqn)
+        with pytest.raises(qwen_moe.InvalidArgument, match="is complete and in use"):
+            read(unit, 0)
     with pytest.raises(BufferError):  # nothing was put yet
         memoryview(_core.PackedTensor(slot, threads=1))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 63, 64, 65, 127, 128, 129, 4096, 100_003])
+def test_checksums_are_those_of_zlib(size: int) -> None:
+    data = random.Random(size).randbytes(size + 8)
+    for skip in (0, 3, 8):
+        rest = data[skip:]
+        assert _core.crc32(rest) == zlib.crc32(rest)
+        both = _core.crc32_combine(zlib.crc32(data[:skip]), zlib.crc32(rest), len(rest))
+        assert both == zlib.crc32(data)
+
+
+def test_engines_that_open_a_bundle_at_once_share_its_tensors(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "PIECE_BYTES", 5000)
+    size = sum(t.bytes for t in Checkpoint(packed).bundle.tensors.values())  # type: ignore[union-attr]
+    read = Counter[str]()
+    put = bundle.Bundle.put
+
+    def counted(*args: Any) -> Iterator[int]:
+        for count in put(*args):
+            read["bytes"] += count
+            yield count
+
+    monkeypatch.setattr(bundle.Bundle, "put", counted)
+    with ThreadPoolExecutor(3) as pool:
+        engines = list(pool.map(lambda _: open_cpu(packed), range(3)))
+    assert read["bytes"] == size
+    for engine in engines:
+        engine.close()
 
 
 # --- Writing --------------------------------------------------------------------

@@ -9,6 +9,7 @@
 #include <map>
 #include <string>
 
+#include "base/crc32.h"
 #include "engine/engine.h"
 
 namespace py = pybind11;
@@ -299,6 +300,10 @@ void register_model(py::module_& m) {
                              first);
           },
           "data"_a, "dtype"_a, "first"_a = 0)
+      .def(
+          "fill_random",
+          [](PyPacked& self, uint64_t seed) { self.tensor->fill_random(*self.home, seed); },
+          "seed"_a, py::call_guard<py::gil_scoped_release>())
       .def_buffer([](PyPacked& self) {
         const TensorSlot& slot = self.tensor->slot();
         require<Format>(self.tensor->complete(), slot.describe(), " was not packed completely");
@@ -351,13 +356,13 @@ void register_model(py::module_& m) {
           },
           "fqn"_a, "data"_a, "dtype"_a, "first"_a = 0)
       .def(
-          "put_packed",
-          [](PyModel& self, const std::string& fqn, const py::buffer& data, size_t at) {
-            Span span = memory_of(data, false);
-            py::gil_scoped_release release;
-            self.model->put_packed(fqn, span.data, span.bytes, at);
-          },
-          "fqn"_a, "data"_a, "at"_a = 0)
+          "read_packed",
+          [](PyModel& self, const std::string& fqn, int file, int64_t offset, size_t bytes,
+             size_t at) { return self.model->read_packed(fqn, file, offset, bytes, at); },
+          "fqn"_a, "file"_a, "offset"_a, "bytes"_a, "at"_a = 0,
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "accept", [](PyModel& self, const std::string& fqn) { self.model->accept(fqn); }, "fqn"_a)
       .def(
           "fill_random",
           [](PyModel& self, const std::string& fqn, uint64_t seed) {
@@ -579,6 +584,15 @@ PYBIND11_MODULE(_core, m) {
   m.def("cuda_read_bandwidth", &cuda_read_bandwidth, "device"_a,
         py::call_guard<py::gil_scoped_release>());
   m.def("isa", &cpu_isa);
+  m.def(
+      "crc32",
+      [](const py::buffer& data) {
+        const Span span = memory_of(data, false);
+        py::gil_scoped_release release;
+        return crc32(0, span.data, span.bytes);
+      },
+      "data"_a);
+  m.def("crc32_combine", &crc32_combine, "first"_a, "second"_a, "second_bytes"_a);
   m.def(
       "read_bandwidth",
       [](int threads, int megabytes, double seconds) {

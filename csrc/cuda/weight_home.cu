@@ -4,10 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <memory>
 #include <mutex>
-#include <optional>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -18,9 +16,8 @@
 namespace qwen_moe::cuda {
 namespace {
 
-// Bytes packed at a time. Two such buffers are pinned, so that the host packs the next chunk while
-// the last one travels; one is on the device.
-constexpr size_t kChunk = size_t{16} << 20;
+// Bytes that one thread sends at a time.
+constexpr size_t kChunk = size_t{4} << 20;
 constexpr int kThreads = 256;
 
 // A tile as runs of 16 bytes: first the scales, then the codes.
@@ -151,6 +148,75 @@ __global__ void __launch_bounds__(kThreads) fill(uint4* to, RandomFill f) {
   }
 }
 
+// What one thread sends through. Two buffers are pinned, so that the host fills one while the other
+// travels.
+struct Lane {
+  Stream stream;
+  PinnedBuffer<std::byte> host[2]{PinnedBuffer<std::byte>(kChunk), PinnedBuffer<std::byte>(kChunk)};
+  Event sent[2];
+  DeviceBuffer<std::byte> device{kChunk};
+  int next = 0;
+
+  // The pinned buffer whose turn it is, once its last contents have left.
+  std::byte* turn() {
+    next = 1 - next;
+    sent[next].synchronize();
+    return host[next].data();
+  }
+  // Starts what is in it on its way.
+  void send(std::byte* to, size_t bytes) {
+    QWEN_MOE_CUDA(cudaMemcpyAsync(to, host[next].data(), bytes, cudaMemcpyHostToDevice, stream));
+    sent[next].record(stream);
+  }
+};
+
+// Lanes that wait for a thread; there come to be as many as threads send at once.
+class Lanes {
+ public:
+  // Gives the lane back once what it sent has arrived.
+  class Loan {
+   public:
+    explicit Loan(Lanes& lanes) : lanes_(lanes), lane_(lanes.take()) {}
+    ~Loan() {
+      cudaStreamSynchronize(lane_->stream);  // after an error nothing may be on its way either
+      lanes_.give(std::move(lane_));
+    }
+    Loan(const Loan&) = delete;
+    Loan& operator=(const Loan&) = delete;
+    Lane& operator*() const { return *lane_; }
+
+   private:
+    Lanes& lanes_;
+    std::unique_ptr<Lane> lane_;
+  };
+
+  void clear() {
+    std::lock_guard lock(mutex_);
+    free_.clear();
+  }
+
+ private:
+  std::unique_ptr<Lane> take() {
+    {
+      std::lock_guard lock(mutex_);
+      if (!free_.empty()) {
+        auto lane = std::move(free_.back());
+        free_.pop_back();
+        return lane;
+      }
+    }
+    return std::make_unique<Lane>();
+  }
+  void give(std::unique_ptr<Lane> lane) {
+    std::lock_guard lock(mutex_);
+    free_.push_back(std::move(lane));
+  }
+
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Lane>> free_;
+};
+
+// Tensors of several threads travel at once.
 class CudaWeightHome : public WeightHome {
  public:
   CudaWeightHome(int device, std::shared_ptr<WeightHome> host)
@@ -173,8 +239,8 @@ class CudaWeightHome : public WeightHome {
 
   void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
             int64_t first) override {
-    std::lock_guard lock(mutex_);
     DeviceGuard guard(device_);
+    Lanes::Loan lane(lanes_);
     if (slot.kind != TensorKind::matrix) {
       // Packing may transpose, so a part of a vector would not be a part of what is stored.
       require(first == 0 && source.shape.at(0) == slot.shape[0], slot.fqn, ": entries ", first,
@@ -182,42 +248,50 @@ class CudaWeightHome : public WeightHome {
               " of a vector at once");
       std::vector<std::byte> packed(slot.bytes());
       host_->pack(packed.data(), slot, source, 0);
-      return upload(to, packed.data(), packed.size());
+      return upload(*lane, to, packed.data(), packed.size());
     }
     check_supported(slot);
-    if (slot.shape.size() == 3) return pack_experts(to, slot, source, first);
-    const WeightSpec& spec = slot.spec;
-    const int64_t end = first + source.shape.at(0);
-    require(first % kTile == 0 && (end % kTile == 0 || end == spec.n), slot.fqn, ": rows ", first,
-            " to ", end, " are not whole tiles of ", kTile);
-    pack_rows(to + static_cast<size_t>(first / kTile) * spec.tile_bytes(), slot,
-              static_cast<const std::byte*>(source.data), source.dtype, source.shape.at(0));
-    stream().synchronize();
+    if (slot.shape.size() == 3) {
+      pack_experts(*lane, to, slot, source, first);
+    } else {
+      const WeightSpec& spec = slot.spec;
+      const int64_t end = first + source.shape.at(0);
+      require(first % kTile == 0 && (end % kTile == 0 || end == spec.n), slot.fqn, ": rows ", first,
+              " to ", end, " are not whole tiles of ", kTile);
+      pack_rows(*lane, to + static_cast<size_t>(first / kTile) * spec.tile_bytes(), slot,
+                static_cast<const std::byte*>(source.data), source.dtype, source.shape.at(0));
+    }
+    (*lane).stream.synchronize();
   }
 
-  void copy_packed(std::byte* to, const TensorSlot& slot, const std::byte* from,
+  void copy_packed(std::byte* to, const TensorSlot& slot, const PackedSource& from,
                    size_t bytes) override {
-    std::lock_guard lock(mutex_);
     DeviceGuard guard(device_);
-    if (slot.kind != TensorKind::matrix) return upload(to, from, bytes);
+    Lanes::Loan lane(lanes_);
+    if (slot.kind != TensorKind::matrix) {
+      std::vector<std::byte> packed(bytes);
+      from(packed.data(), bytes);
+      return upload(*lane, to, packed.data(), bytes);
+    }
     check_supported(slot);
     const size_t tile_bytes = slot.spec.tile_bytes();
     const size_t step = kChunk / tile_bytes * tile_bytes;
     for (size_t at = 0; at < bytes; at += step) {
       const size_t take = std::min(step, bytes - at);
-      send(to + at, slot.spec, take / tile_bytes,
-           [&](std::byte* host) { std::memcpy(host, from + at, take); });
+      from((*lane).turn(), take);
+      send(*lane, to + at, slot.spec, take / tile_bytes);
     }
-    stream().synchronize();
+    (*lane).stream.synchronize();
   }
 
   void fill_random(std::byte* to, const TensorSlot& slot, uint64_t seed) override {
-    std::lock_guard lock(mutex_);
     DeviceGuard guard(device_);
+    const Stream stream;
     if (slot.kind != TensorKind::matrix) {
       std::vector<std::byte> packed(slot.bytes());
       host_->fill_random(packed.data(), slot, seed);
-      return upload(to, packed.data(), packed.size());
+      QWEN_MOE_CUDA(cudaMemcpy(to, packed.data(), packed.size(), cudaMemcpyHostToDevice));
+      return;
     }
     check_supported(slot);
     const WeightSpec& spec = slot.spec;
@@ -233,25 +307,21 @@ class CudaWeightHome : public WeightHome {
       f.groups = spec.k / spec.group;
       f.scale = __half_as_ushort(__float2half_rn(std / (int4 ? 4.637f : 73.9f)));
       f.flip = int4;
-      fill<false><<<blocks, kThreads, 0, stream()>>>(out, f);
+      fill<false><<<blocks, kThreads, 0, stream>>>(out, f);
     } else {
       f.dense_step = std * 1.7320508f / 32768.0f;  // uniform over [-sqrt(3) std, sqrt(3) std)
-      fill<true><<<blocks, kThreads, 0, stream()>>>(out, f);
+      fill<true><<<blocks, kThreads, 0, stream>>>(out, f);
     }
     QWEN_MOE_CUDA(cudaGetLastError());
-    stream().synchronize();
+    stream.synchronize();
+  }
+
+  void settle() override {
+    DeviceGuard guard(device_);
+    lanes_.clear();
   }
 
  private:
-  // Made with the first tensor and reused by all; given back with the home.
-  struct Staging {
-    PinnedBuffer<std::byte> host[2]{PinnedBuffer<std::byte>(kChunk),
-                                    PinnedBuffer<std::byte>(kChunk)};
-    Event sent[2];
-    DeviceBuffer<std::byte> device{kChunk};
-    int next = 0;
-  };
-
   void check_supported(const TensorSlot& slot) const {
     const WeightSpec& spec = slot.spec;
     require<Format>(spec.format == WeightFormat::bf16 || is_quantized(spec.format), slot.fqn, ": ",
@@ -270,17 +340,7 @@ class CudaWeightHome : public WeightHome {
                     " input features make a tile larger than ", kChunk, " bytes");
   }
 
-  Staging& staging() {
-    if (!staging_) staging_.emplace();
-    return *staging_;
-  }
-  Stream& stream() {
-    // Filling needs no staging memory, only the stream.
-    if (!stream_) stream_.emplace();
-    return *stream_;
-  }
-
-  void pack_experts(std::byte* to, const TensorSlot& slot, const TensorView& source,
+  void pack_experts(Lane& lane, std::byte* to, const TensorSlot& slot, const TensorView& source,
                     int64_t first) {
     const WeightSpec& spec = slot.spec;
     const size_t entry =
@@ -295,21 +355,20 @@ class CudaWeightHome : public WeightHome {
       if (fit == 0) {  // one expert is larger than a chunk
         piece.shape = {spec.n, spec.k};
         piece.spec.count = 1;
-        pack_rows(to, piece, from, source.dtype, spec.n);
+        pack_rows(lane, to, piece, from, source.dtype, spec.n);
       } else {
         piece.shape[0] = piece.spec.count = static_cast<int>(take);
-        send(to, piece, {from, source.dtype, piece.shape});
+        pack_piece(lane, to, piece, {from, source.dtype, piece.shape});
       }
       i += take;
       to += static_cast<size_t>(take) * spec.matrix_bytes();
       from += static_cast<size_t>(take) * entry;
     }
-    stream().synchronize();
   }
 
   // Rows of one matrix, from the first of a tile.
-  void pack_rows(std::byte* to, const TensorSlot& slot, const std::byte* from, DType dtype,
-                 int64_t rows) {
+  void pack_rows(Lane& lane, std::byte* to, const TensorSlot& slot, const std::byte* from,
+                 DType dtype, int64_t rows) {
     const WeightSpec& spec = slot.spec;
     const int64_t step = static_cast<int64_t>(kChunk / spec.tile_bytes()) * kTile;
     for (int64_t row = 0; row < rows; row += step) {
@@ -318,33 +377,26 @@ class CudaWeightHome : public WeightHome {
       if (row > 0) piece.fqn = concat(slot.fqn, ", from row ", row, " of the piece");
       const size_t skip =
           static_cast<size_t>(row) * static_cast<size_t>(spec.k) * dtype_size(dtype);
-      send(to + static_cast<size_t>(row / kTile) * spec.tile_bytes(), piece,
-           {from + skip, dtype, piece.shape});
+      pack_piece(lane, to + static_cast<size_t>(row / kTile) * spec.tile_bytes(), piece,
+                 {from + skip, dtype, piece.shape});
     }
   }
 
   // Packs a whole small tensor and starts it on its way.
-  void send(std::byte* to, const TensorSlot& piece, const TensorView& source) {
+  void pack_piece(Lane& lane, std::byte* to, const TensorSlot& piece, const TensorView& source) {
     const WeightSpec& spec = piece.spec;
-    send(to, spec, static_cast<size_t>(spec.tiles()) * static_cast<size_t>(spec.count),
-         [&](std::byte* host) { host_->pack(host, piece, source, 0); });
+    host_->pack(lane.turn(), piece, source, 0);
+    send(lane, to, spec, static_cast<size_t>(spec.tiles()) * static_cast<size_t>(spec.count));
   }
 
-  // Starts whole tiles on their way that `fill` writes in host order, at most kChunk bytes.
-  template <class Fill>
-  void send(std::byte* to, const WeightSpec& spec, size_t tiles, const Fill& fill) {
-    Staging& s = staging();
-    const int which = std::exchange(s.next, 1 - s.next);
-    s.sent[which].synchronize();  // its last contents have left
-    fill(s.host[which].data());
-    QWEN_MOE_CUDA(cudaMemcpyAsync(s.device.data(), s.host[which].data(), tiles * spec.tile_bytes(),
-                                  cudaMemcpyHostToDevice, stream()));
-    s.sent[which].record(stream());
+  // Starts the tiles in the lane's buffer, in host order, on their way.
+  void send(Lane& lane, std::byte* to, const WeightSpec& spec, size_t tiles) {
+    lane.send(lane.device.data(), tiles * spec.tile_bytes());
     const auto blocks = static_cast<unsigned>(tiles);
-    const auto* from = reinterpret_cast<const uint4*>(s.device.data());
+    const auto* from = reinterpret_cast<const uint4*>(lane.device.data());
     auto* out = reinterpret_cast<uint4*>(to);
     auto launch = [&](auto* kernel) {
-      kernel<<<blocks, kThreads, 0, stream()>>>(out, from, runs_of(spec));
+      kernel<<<blocks, kThreads, 0, lane.stream>>>(out, from, runs_of(spec));
       QWEN_MOE_CUDA(cudaGetLastError());
     };
     switch (spec.format) {
@@ -354,16 +406,14 @@ class CudaWeightHome : public WeightHome {
     }
   }
 
-  void upload(std::byte* to, const std::byte* from, size_t bytes) {
-    QWEN_MOE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream()));
-    stream().synchronize();
+  static void upload(const Lane& lane, std::byte* to, const std::byte* from, size_t bytes) {
+    QWEN_MOE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, lane.stream));
+    lane.stream.synchronize();
   }
 
   int device_;
   std::shared_ptr<WeightHome> host_;
-  std::mutex mutex_;  // two engines may load at once
-  std::optional<Stream> stream_;
-  std::optional<Staging> staging_;
+  Lanes lanes_;
 };
 
 }  // namespace

@@ -22,6 +22,12 @@ def cuda_read_bandwidth(device: int) -> float:
 def isa() -> str:
     """The instruction set that the CPU kernels use: portable, avx2 or avx512."""
 
+def crc32(data: Buffer) -> int:
+    """As `zlib.crc32`, faster."""
+
+def crc32_combine(first: int, second: int, second_bytes: int) -> int:
+    """CRC-32 of two runs of bytes one after the other, from those of both."""
+
 def read_bandwidth(threads: int, megabytes: int = 512, seconds: float = 0.3) -> float:
     """Bytes per second of a plain read of memory by `threads` threads: the ceiling of decode."""
 
@@ -158,6 +164,8 @@ class PackedTensor:
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def put(self, data: Buffer, dtype: str, first: int = 0) -> None:
         """As `Model.put`."""
+    def fill_random(self, seed: int) -> None:
+        """As `Model.fill_random`."""
 
 @final
 class Model:
@@ -194,8 +202,12 @@ class Model:
         the leading dimension starting at `first` (for experts: expert `first`, first + 1, ...).
         Of dtype "coded" every weight is an int16 code and the f16 scale of its group; a quantized
         tensor then keeps both as they are."""
-    def put_packed(self, fqn: str, data: Buffer, at: int = 0) -> None:
-        """Bytes of `PackedTensor` from byte `at`, whole units; a GPU puts them in its own order."""
+    def read_packed(self, fqn: str, file: int, offset: int, bytes: int, at: int = 0) -> int:
+        """Read whole units of a tensor, from its byte `at`, as `PackedTensor` gives them; a GPU
+        puts them in its own order. They lie at `offset` of an open file. Gives their CRC-32.
+        Several threads may read, one tensor too; it is complete after `accept`."""
+    def accept(self, fqn: str) -> None:
+        """What was read of a tensor is right."""
     def fill_random(self, fqn: str, seed: int) -> None: ...
     def finish(self) -> None:
         """Every tensor is complete, or FormatError naming the first that is not."""

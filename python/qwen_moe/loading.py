@@ -6,8 +6,10 @@ the core as they are where one of its formats holds them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,8 @@ from qwen_moe.weights import Weight, entry_bytes
 
 PIECE_BYTES = 8 << 20
 ROW_STEP = 64  # matrices are cut at multiples of this many rows
+
+_one_bundle = threading.Lock()
 
 
 def load(
@@ -47,6 +51,19 @@ def load(
     Raises:
         FormatError: A tensor is missing or broken; nothing was allocated yet when its header is.
     """
+    # Engines that open one bundle at once would read into the same tensors.
+    with _one_bundle if checkpoint.bundle is not None else contextlib.nullcontext():
+        return _load(checkpoint, recipe, devices, split, threads, progress)
+
+
+def _load(
+    checkpoint: Checkpoint,
+    recipe: str,
+    devices: Sequence[str],
+    split: Sequence[int],
+    threads: int,
+    progress: bool | None,
+) -> _core.Model:
     found = plan(checkpoint, recipe, devices)
     sources, stored = found.sources, found.stored
     if checkpoint.bundle is None:
@@ -85,7 +102,7 @@ def load(
 def _fill_random(model: _core.Model, needed: Mapping[str, _core.TensorSlot]) -> Iterator[int]:
     """Yields the bytes of every tensor that is done."""
     for fqn, slot in needed.items():
-        model.fill_random(fqn, _seed(fqn))
+        model.fill_random(fqn, seed(fqn))
         yield slot.bytes
 
 
@@ -129,7 +146,8 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _seed(fqn: str) -> int:
+def seed(fqn: str) -> int:
+    """Of a tensor's random weights."""
     return int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:8], "little")
 
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +60,7 @@ def quantize(
     threads: int | None = None,
     force: bool = False,
     progress: bool | None = None,
+    load_format: str = "auto",
 ) -> int:
     """Pack a checkpoint as a bundle; one tensor is in memory at a time.
 
@@ -71,6 +71,7 @@ def quantize(
         threads: CPU threads that pack; None takes all.
         force: Replace a bundle at `out`.
         progress: Show a progress bar on stderr; None shows it on a terminal.
+        load_format: As that of `Engine`; "dummy" writes random weights, to time real shapes.
 
     Returns:
         Bytes of the packed weights.
@@ -82,7 +83,7 @@ def quantize(
     if recipe not in RECIPES:
         raise InvalidArgument(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
     check_free(out, replace=force)
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, load_format)
     if checkpoint.bundle is not None:
         raise InvalidArgument(f"{source}: it is a bundle already, packed as {checkpoint.recipe()}")
     if checkpoint.quantization == "gguf":
@@ -144,7 +145,7 @@ def _write_tensors(
                 "format": slot.format,
                 "group": slot.group,
                 "bytes": slot.bytes,
-                "crc32": f"{zlib.crc32(data):08x}",
+                "crc32": f"{_core.crc32(data):08x}",
             }
             bar.update(slot.bytes)
             del packed, data  # before the next one is allocated
@@ -154,8 +155,11 @@ def _write_tensors(
 def _packed(
     shards: Shards, planned: Plan, slot: _core.TensorSlot, threads: int
 ) -> _core.PackedTensor:
-    weight, coded = planned.sources[slot.fqn], slot.fqn in planned.stored
     packed = _core.PackedTensor(slot, threads=threads)
+    if not planned.sources:  # of a dummy
+        packed.fill_random(loading.seed(slot.fqn))
+        return packed
+    weight, coded = planned.sources[slot.fqn], slot.fqn in planned.stored
     for first, data in loading.pieces(shards, slot, weight, coded):
         dtype = "coded" if coded else loading.dtype_name(data)
         try:

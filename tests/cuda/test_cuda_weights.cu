@@ -8,6 +8,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/pack.h"
@@ -42,6 +43,16 @@ class CudaWeights : public testing::Test {
     auto data = home_->allocate(bytes);
     QWEN_MOE_CUDA(cudaMemset(data.get(), 0xee, bytes));
     return data;
+  }
+
+  void copy(std::byte* to, const TensorSlot& slot, const std::byte* from, size_t bytes) {
+    home_->copy_packed(
+        to, slot,
+        [&](std::byte* at, size_t count) {
+          std::memcpy(at, from, count);
+          from += count;
+        },
+        bytes);
   }
 
   std::shared_ptr<WeightHome> host_, home_;
@@ -169,11 +180,31 @@ TEST_F(CudaWeights, HoldWhatTheHostHolds) {
     // What the host packed already, in two pieces of whole units, ends as the same bytes.
     const auto copied = allocate(slot.bytes());
     const size_t unit = slot.unit().bytes, half = slot.bytes() / unit / 2 * unit;
-    if (half > 0) home_->copy_packed(copied.get(), slot, expected.data(), half);
-    home_->copy_packed(copied.get() + half, slot, expected.data() + half, slot.bytes() - half);
+    if (half > 0) copy(copied.get(), slot, expected.data(), half);
+    copy(copied.get() + half, slot, expected.data() + half, slot.bytes() - half);
     EXPECT_EQ(read(copied.get(), slot.bytes()), read(stored.get(), slot.bytes()))
         << slot.describe();
   }
+}
+
+TEST_F(CudaWeights, ThreadsMayCopyPartsOfOneTensorAtOnce) {
+  const TensorSlot slot = matrix_slot(WeightFormat::int4, 1024, 2048, 16);
+  const std::vector<float> source = random_source(slot.shape, 5);
+  Bytes expected(slot.bytes());
+  host_->pack(expected.data(), slot, {source.data(), DType::f32, slot.shape}, 0);
+  const auto whole = allocate(slot.bytes()), parts = allocate(slot.bytes());
+  copy(whole.get(), slot, expected.data(), slot.bytes());
+  constexpr size_t kParts = 8;
+  const size_t size = slot.bytes() / kParts;
+  std::vector<std::thread> threads;
+  for (size_t part = 0; part < kParts; ++part)
+    threads.emplace_back(
+        [&, at = part * size] { copy(parts.get() + at, slot, expected.data() + at, size); });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(read(parts.get(), slot.bytes()), read(whole.get(), slot.bytes()));
+  home_->settle();  // and goes on working
+  copy(parts.get(), slot, expected.data(), slot.bytes());
+  EXPECT_EQ(read(parts.get(), slot.bytes()), read(whole.get(), slot.bytes()));
 }
 
 TEST_F(CudaWeights, VectorsAreThoseOfTheHost) {
@@ -189,7 +220,7 @@ TEST_F(CudaWeights, VectorsAreThoseOfTheHost) {
     home_->pack(stored.get(), slot, view, 0);
     EXPECT_EQ(read(stored.get(), slot.bytes()), expected);
     const auto copied = allocate(slot.bytes());
-    home_->copy_packed(copied.get(), slot, expected.data(), slot.bytes());
+    copy(copied.get(), slot, expected.data(), slot.bytes());
     EXPECT_EQ(read(copied.get(), slot.bytes()), expected);
     host_->fill_random(expected.data(), slot, 3);
     home_->fill_random(stored.get(), slot, 3);
