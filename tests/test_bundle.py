@@ -107,6 +107,19 @@ def test_a_bundle_gives_the_bits_of_packing_while_loading(tmp_path: Path, recipe
     assert not torch.equal(want, logits(TINY))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_gpu_writes_the_same_bundle_and_opens_it(tmp_path: Path, recipe: str) -> None:
+    on_cpu = written(tmp_path / "cpu", recipe, device="cpu")
+    on_gpu = written(tmp_path / "gpu", recipe, device="cuda")
+    assert names(on_cpu) == names(on_gpu)
+    for name in names(on_cpu):
+        assert (on_cpu / name).read_bytes() == (on_gpu / name).read_bytes(), name
+    on_device = {"device": "cuda", "kv_dtype": "bfloat16"}
+    want = logits(TINY, quantize=recipe, **on_device)
+    assert torch.equal(logits(on_gpu, **on_device), want)
+
+
 def test_codes_that_a_checkpoint_has_stay_as_they_are(tmp_path: Path) -> None:
     source = foreign.write(tmp_path / "gptq", foreign.tiny(), foreign.GPTQ, foreign.gptq()).path
     out = written(tmp_path / "out", "int8", source)
@@ -351,7 +364,7 @@ def test_packed_bytes_must_be_whole_units(original: Path) -> None:
         with pytest.raises(qwen_moe.InvalidArgument, match="is complete and in use"):
             read(unit, 0)
     with pytest.raises(BufferError):  # nothing was put yet
-        memoryview(_core.PackedTensor(slot, threads=1))
+        memoryview(_core.PackedTensor(slot, _core.Packer(threads=1)))
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 63, 64, 65, 127, 128, 129, 4096, 100_003])

@@ -88,12 +88,18 @@ LayerType parse_layer_type(const std::string& name) {
   return LayerType::full_attention;
 }
 
-std::shared_ptr<WeightHome> make_home(const std::string& device, int threads) {
-  if (device == "cpu") return make_cpu_weight_home(threads);
+// -1 is the CPU.
+int device_index(const std::string& device) {
+  if (device == "cpu") return -1;
   require(device == "cuda" || device.starts_with("cuda:"), "device '", device,
           "' is not cpu, cuda or cuda:N");
-  return make_cuda_weight_home(device == "cuda" ? 0 : std::stoi(device.substr(5)),
-                               make_cpu_weight_home(threads));
+  return device == "cuda" ? 0 : std::stoi(device.substr(5));
+}
+
+std::shared_ptr<WeightHome> make_home(const std::string& device, int threads) {
+  const int index = device_index(device);
+  auto host = make_cpu_weight_home(threads);
+  return index < 0 ? host : make_cuda_weight_home(index, std::move(host));
 }
 
 // The weights and the threads that pack them and later compute.
@@ -109,7 +115,12 @@ struct PySlot {
   bool resident;
 };
 
-// One tensor that is packed to be written to a file; no model holds it.
+// What packs tensors to be written to a file.
+struct PyPacker {
+  std::shared_ptr<WeightHome> home;
+};
+
+// One of them; no model holds it.
 struct PyPacked {
   std::shared_ptr<WeightHome> home;
   std::shared_ptr<StoredTensor> tensor;
@@ -283,13 +294,20 @@ void register_model(py::module_& m) {
       },
       "config"_a, "kv_dtype"_a);
 
-  py::class_<PyPacked>(m, "PackedTensor", py::buffer_protocol())
-      .def(py::init([](const PySlot& slot, int threads) {
-             auto home = make_home("cpu", threads);
-             auto memory = home->allocate(slot.slot.bytes());
-             return PyPacked{home, std::make_shared<StoredTensor>(slot.slot, std::move(memory))};
+  py::class_<PyPacker>(m, "Packer")
+      .def(py::init([](int threads, const std::string& device) {
+             const int index = device_index(device);
+             auto host = make_cpu_weight_home(threads);
+             return PyPacker{index < 0 ? host : make_cuda_packer(index, std::move(host))};
            }),
-           "slot"_a, py::kw_only(), "threads"_a)
+           py::kw_only(), "threads"_a, "device"_a = "cpu");
+  py::class_<PyPacked>(m, "PackedTensor", py::buffer_protocol())
+      .def(py::init([](const PySlot& slot, const PyPacker& packer) {
+             auto memory = packer.home->allocate(slot.slot.bytes());
+             return PyPacked{packer.home,
+                             std::make_shared<StoredTensor>(slot.slot, std::move(memory))};
+           }),
+           "slot"_a, "packer"_a)
       .def(
           "put",
           [](PyPacked& self, const py::buffer& data, const std::string& dtype, int64_t first) {

@@ -1,14 +1,18 @@
-// A GPU's memory as a home for weights. The host's home packs, so that both devices hold the same
-// codes and scales; a kernel then puts the codes where the kernels of this device expect them.
+// A GPU's memory as a home for weights. Both devices hold the same codes and scales: what is
+// quantized is packed here as a host packs it, the rest by the host's home. A kernel then puts the
+// codes where the kernels of this device expect them.
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
-#include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "cuda/lanes.h"
+#include "cuda/pack.h"
 #include "cuda/runtime.h"
 #include "cuda/tile.cuh"
 #include "engine/backend.h"
@@ -16,8 +20,6 @@
 namespace qwen_moe::cuda {
 namespace {
 
-// Bytes that one thread sends at a time.
-constexpr size_t kChunk = size_t{4} << 20;
 constexpr int kThreads = 256;
 
 // A tile as runs of 16 bytes: first the scales, then the codes.
@@ -148,74 +150,6 @@ __global__ void __launch_bounds__(kThreads) fill(uint4* to, RandomFill f) {
   }
 }
 
-// What one thread sends through. Two buffers are pinned, so that the host fills one while the other
-// travels.
-struct Lane {
-  Stream stream;
-  PinnedBuffer<std::byte> host[2]{PinnedBuffer<std::byte>(kChunk), PinnedBuffer<std::byte>(kChunk)};
-  Event sent[2];
-  DeviceBuffer<std::byte> device{kChunk};
-  int next = 0;
-
-  // The pinned buffer whose turn it is, once its last contents have left.
-  std::byte* turn() {
-    next = 1 - next;
-    sent[next].synchronize();
-    return host[next].data();
-  }
-  // Starts what is in it on its way.
-  void send(std::byte* to, size_t bytes) {
-    QWEN_MOE_CUDA(cudaMemcpyAsync(to, host[next].data(), bytes, cudaMemcpyHostToDevice, stream));
-    sent[next].record(stream);
-  }
-};
-
-// Lanes that wait for a thread; there come to be as many as threads send at once.
-class Lanes {
- public:
-  // Gives the lane back once what it sent has arrived.
-  class Loan {
-   public:
-    explicit Loan(Lanes& lanes) : lanes_(lanes), lane_(lanes.take()) {}
-    ~Loan() {
-      cudaStreamSynchronize(lane_->stream);  // after an error nothing may be on its way either
-      lanes_.give(std::move(lane_));
-    }
-    Loan(const Loan&) = delete;
-    Loan& operator=(const Loan&) = delete;
-    Lane& operator*() const { return *lane_; }
-
-   private:
-    Lanes& lanes_;
-    std::unique_ptr<Lane> lane_;
-  };
-
-  void clear() {
-    std::lock_guard lock(mutex_);
-    free_.clear();
-  }
-
- private:
-  std::unique_ptr<Lane> take() {
-    {
-      std::lock_guard lock(mutex_);
-      if (!free_.empty()) {
-        auto lane = std::move(free_.back());
-        free_.pop_back();
-        return lane;
-      }
-    }
-    return std::make_unique<Lane>();
-  }
-  void give(std::unique_ptr<Lane> lane) {
-    std::lock_guard lock(mutex_);
-    free_.push_back(std::move(lane));
-  }
-
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<Lane>> free_;
-};
-
 // Tensors of several threads travel at once.
 class CudaWeightHome : public WeightHome {
  public:
@@ -239,8 +173,6 @@ class CudaWeightHome : public WeightHome {
 
   void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
             int64_t first) override {
-    DeviceGuard guard(device_);
-    Lanes::Loan lane(lanes_);
     if (slot.kind != TensorKind::matrix) {
       // Packing may transpose, so a part of a vector would not be a part of what is stored.
       require(first == 0 && source.shape.at(0) == slot.shape[0], slot.fqn, ": entries ", first,
@@ -248,52 +180,42 @@ class CudaWeightHome : public WeightHome {
               " of a vector at once");
       std::vector<std::byte> packed(slot.bytes());
       host_->pack(packed.data(), slot, source, 0);
-      return upload(*lane, to, packed.data(), packed.size());
+      return upload(to, packed.data(), packed.size());
     }
     check_supported(slot);
-    if (slot.shape.size() == 3) {
-      pack_experts(*lane, to, slot, source, first);
-    } else {
-      const WeightSpec& spec = slot.spec;
-      const int64_t end = first + source.shape.at(0);
-      require(first % kTile == 0 && (end % kTile == 0 || end == spec.n), slot.fqn, ": rows ", first,
-              " to ", end, " are not whole tiles of ", kTile);
-      pack_rows(*lane, to + static_cast<size_t>(first / kTile) * spec.tile_bytes(), slot,
-                static_cast<const std::byte*>(source.data), source.dtype, source.shape.at(0));
-    }
-    (*lane).stream.synchronize();
+    pack_matrices(to, slot, source, first);
   }
 
   void copy_packed(std::byte* to, const TensorSlot& slot, const PackedSource& from,
                    size_t bytes) override {
-    DeviceGuard guard(device_);
-    Lanes::Loan lane(lanes_);
     if (slot.kind != TensorKind::matrix) {
       std::vector<std::byte> packed(bytes);
       from(packed.data(), bytes);
-      return upload(*lane, to, packed.data(), bytes);
+      return upload(to, packed.data(), bytes);
     }
     check_supported(slot);
+    DeviceGuard guard(device_);
+    Lanes::Loan lane(lanes_);
     const size_t tile_bytes = slot.spec.tile_bytes();
     const size_t step = kChunk / tile_bytes * tile_bytes;
     for (size_t at = 0; at < bytes; at += step) {
       const size_t take = std::min(step, bytes - at);
       from((*lane).turn(), take);
-      send(*lane, to + at, slot.spec, take / tile_bytes);
+      (*lane).send((*lane).tiles.data(), take);
+      deliver(*lane, to + at, slot.spec, take / tile_bytes);
     }
     (*lane).stream.synchronize();
   }
 
   void fill_random(std::byte* to, const TensorSlot& slot, uint64_t seed) override {
-    DeviceGuard guard(device_);
-    const Stream stream;
     if (slot.kind != TensorKind::matrix) {
       std::vector<std::byte> packed(slot.bytes());
       host_->fill_random(packed.data(), slot, seed);
-      QWEN_MOE_CUDA(cudaMemcpy(to, packed.data(), packed.size(), cudaMemcpyHostToDevice));
-      return;
+      return upload(to, packed.data(), packed.size());
     }
     check_supported(slot);
+    DeviceGuard guard(device_);
+    const Stream stream;
     const WeightSpec& spec = slot.spec;
     // The same deviations as on the host: unit-variance inputs give outputs of about unit variance.
     const float std =
@@ -321,7 +243,61 @@ class CudaWeightHome : public WeightHome {
     lanes_.clear();
   }
 
+ protected:
+  WeightHome& host() const { return *host_; }
+
+  // Packs whole experts, or rows from the first of a tile to the last of one.
+  void pack_matrices(std::byte* to, const TensorSlot& slot, const TensorView& source,
+                     int64_t first) {
+    DeviceGuard guard(device_);
+    Lanes::Loan loan(lanes_);
+    Lane& lane = *loan;
+    const WeightSpec& spec = slot.spec;
+    QWEN_MOE_CUDA(cudaMemsetAsync(lane.bad.data(), 0, sizeof(int), lane.stream));
+    if (slot.shape.size() == 3) {
+      pack_experts(lane, to, slot, source, first);
+    } else {
+      const int64_t end = first + source.shape.at(0);
+      require(first % kTile == 0 && (end % kTile == 0 || end == spec.n), slot.fqn, ": rows ", first,
+              " to ", end, " are not whole tiles of ", kTile);
+      pack_rows(lane, to + static_cast<size_t>(first / kTile) * spec.tile_bytes(), slot,
+                static_cast<const std::byte*>(source.data), source.dtype, source.shape.at(0));
+    }
+    int bad = 0;
+    QWEN_MOE_CUDA(
+        cudaMemcpyAsync(&bad, lane.bad.data(), sizeof(int), cudaMemcpyDeviceToHost, lane.stream));
+    lane.stream.synchronize();
+    if (bad) refuse(slot, source, first);
+  }
+
+  // Takes tiles in host order from the lane to where they stay.
+  virtual void deliver(Lane& lane, std::byte* to, const WeightSpec& spec, size_t tiles) {
+    const auto blocks = static_cast<unsigned>(tiles);
+    const auto* from = reinterpret_cast<const uint4*>(lane.tiles.data());
+    auto* out = reinterpret_cast<uint4*>(to);
+    auto launch = [&](auto* kernel) {
+      kernel<<<blocks, kThreads, 0, lane.stream>>>(out, from, runs_of(spec));
+      QWEN_MOE_CUDA(cudaGetLastError());
+    };
+    switch (spec.format) {
+      case WeightFormat::int4: return launch(&reorder<WeightFormat::int4>);
+      case WeightFormat::int8: return launch(&reorder<WeightFormat::int8>);
+      default: return launch(&reorder<WeightFormat::bf16>);
+    }
+  }
+
  private:
+  // The host's packing of the same weights says what is wrong with them.
+  void refuse(const TensorSlot& slot, const TensorView& source, int64_t first) const {
+    TensorSlot piece = slot;
+    piece.shape[0] = source.shape.at(0);
+    (slot.shape.size() == 3 ? piece.spec.count : piece.spec.n) = static_cast<int>(piece.shape[0]);
+    if (first > 0) piece.fqn = concat(slot.fqn, ", from entry ", first);
+    std::vector<std::byte> packed(piece.bytes());
+    host_->pack(packed.data(), piece, source, 0);
+    throw Format(concat(piece.fqn, ": ", name(), " could not quantize its weights"));
+  }
+
   void check_supported(const TensorSlot& slot) const {
     const WeightSpec& spec = slot.spec;
     require<Format>(spec.format == WeightFormat::bf16 || is_quantized(spec.format), slot.fqn, ": ",
@@ -347,7 +323,7 @@ class CudaWeightHome : public WeightHome {
         static_cast<size_t>(spec.n) * static_cast<size_t>(spec.k) * dtype_size(source.dtype);
     const auto* from = static_cast<const std::byte*>(source.data);
     to += static_cast<size_t>(first) * spec.matrix_bytes();
-    const auto fit = static_cast<int64_t>(kChunk / spec.matrix_bytes());
+    const auto fit = static_cast<int64_t>(kChunk / room(spec, source.dtype, spec.n));
     for (int64_t i = 0, count = source.shape.at(0); i < count;) {
       const int64_t take = std::min(std::max<int64_t>(fit, 1), count - i);
       TensorSlot piece = slot;
@@ -370,7 +346,9 @@ class CudaWeightHome : public WeightHome {
   void pack_rows(Lane& lane, std::byte* to, const TensorSlot& slot, const std::byte* from,
                  DType dtype, int64_t rows) {
     const WeightSpec& spec = slot.spec;
-    const int64_t step = static_cast<int64_t>(kChunk / spec.tile_bytes()) * kTile;
+    const int64_t step = static_cast<int64_t>(kChunk / room(spec, dtype, kTile)) * kTile;
+    require<Format>(step > 0, slot.fqn, ": ", spec.k, " input features make 16 rows larger than ",
+                    kChunk, " bytes, which is as much as ", name(), " takes");
     for (int64_t row = 0; row < rows; row += step) {
       TensorSlot piece = slot;
       piece.shape[0] = piece.spec.n = static_cast<int>(std::min(step, rows - row));
@@ -382,38 +360,70 @@ class CudaWeightHome : public WeightHome {
     }
   }
 
+  // Bytes of `rows` in the larger of the forms that they have on their way.
+  static size_t room(const WeightSpec& spec, DType dtype, int rows) {
+    const size_t packed = static_cast<size_t>((rows + kTile - 1) / kTile) * spec.tile_bytes();
+    if (!packs_on_device(spec, dtype)) return packed;
+    return std::max(packed,
+                    static_cast<size_t>(rows) * static_cast<size_t>(spec.k) * dtype_size(dtype));
+  }
+
   // Packs a whole small tensor and starts it on its way.
   void pack_piece(Lane& lane, std::byte* to, const TensorSlot& piece, const TensorView& source) {
     const WeightSpec& spec = piece.spec;
-    host_->pack(lane.turn(), piece, source, 0);
-    send(lane, to, spec, static_cast<size_t>(spec.tiles()) * static_cast<size_t>(spec.count));
-  }
-
-  // Starts the tiles in the lane's buffer, in host order, on their way.
-  void send(Lane& lane, std::byte* to, const WeightSpec& spec, size_t tiles) {
-    lane.send(lane.device.data(), tiles * spec.tile_bytes());
-    const auto blocks = static_cast<unsigned>(tiles);
-    const auto* from = reinterpret_cast<const uint4*>(lane.device.data());
-    auto* out = reinterpret_cast<uint4*>(to);
-    auto launch = [&](auto* kernel) {
-      kernel<<<blocks, kThreads, 0, lane.stream>>>(out, from, runs_of(spec));
-      QWEN_MOE_CUDA(cudaGetLastError());
-    };
-    switch (spec.format) {
-      case WeightFormat::int4: return launch(&reorder<WeightFormat::int4>);
-      case WeightFormat::int8: return launch(&reorder<WeightFormat::int8>);
-      default: return launch(&reorder<WeightFormat::bf16>);
+    if (packs_on_device(spec, source.dtype)) {
+      if (lane.rows.size() == 0) lane.rows = DeviceBuffer<std::byte>(kChunk);
+      std::memcpy(lane.turn(), source.data, source.bytes());
+      lane.send(lane.rows.data(), source.bytes());
+      pack_on_device(lane.tiles.data(), spec, lane.rows.data(), source.dtype, lane.bad.data(),
+                     lane.stream);
+    } else {
+      host_->pack(lane.turn(), piece, source, 0);
+      lane.send(lane.tiles.data(), spec.bytes());
     }
+    deliver(lane, to, spec, static_cast<size_t>(spec.tiles()) * static_cast<size_t>(spec.count));
   }
 
-  static void upload(const Lane& lane, std::byte* to, const std::byte* from, size_t bytes) {
-    QWEN_MOE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, lane.stream));
-    lane.stream.synchronize();
+  void upload(std::byte* to, const std::byte* from, size_t bytes) {
+    DeviceGuard guard(device_);
+    Lanes::Loan lane(lanes_);
+    QWEN_MOE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, (*lane).stream));
+    (*lane).stream.synchronize();
   }
 
   int device_;
   std::shared_ptr<WeightHome> host_;
   Lanes lanes_;
+};
+
+// The host's home, which lets a GPU quantize.
+class CudaPacker : public CudaWeightHome {
+ public:
+  using CudaWeightHome::CudaWeightHome;
+
+  std::string name() const override { return host().name(); }
+  std::shared_ptr<std::byte> allocate(size_t bytes) override { return host().allocate(bytes); }
+
+  void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
+            int64_t first) override {
+    if (slot.kind == TensorKind::matrix && packs_on_device(slot.spec, source.dtype))
+      pack_matrices(to, slot, source, first);
+    else
+      host().pack(to, slot, source, first);
+  }
+  void copy_packed(std::byte* to, const TensorSlot& slot, const PackedSource& from,
+                   size_t bytes) override {
+    host().copy_packed(to, slot, from, bytes);
+  }
+  void fill_random(std::byte* to, const TensorSlot& slot, uint64_t seed) override {
+    host().fill_random(to, slot, seed);
+  }
+
+ private:
+  void deliver(Lane& lane, std::byte* to, const WeightSpec& spec, size_t tiles) override {
+    QWEN_MOE_CUDA(cudaMemcpyAsync(to, lane.tiles.data(), tiles * spec.tile_bytes(),
+                                  cudaMemcpyDeviceToHost, lane.stream));
+  }
 };
 
 }  // namespace
@@ -423,6 +433,10 @@ namespace qwen_moe {
 
 std::shared_ptr<WeightHome> make_cuda_weight_home(int device, std::shared_ptr<WeightHome> host) {
   return std::make_shared<cuda::CudaWeightHome>(device, std::move(host));
+}
+
+std::shared_ptr<WeightHome> make_cuda_packer(int device, std::shared_ptr<WeightHome> host) {
+  return std::make_shared<cuda::CudaPacker>(device, std::move(host));
 }
 
 }  // namespace qwen_moe

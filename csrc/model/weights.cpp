@@ -148,9 +148,12 @@ void StoredTensor::put(WeightHome& home, const TensorView& source, int64_t first
   int64_t entries = source.shape.at(0);
   require(first >= 0 && first + entries <= slot_.shape[0], slot_.fqn, ": entries ", first, " to ",
           first + entries, " of a leading dimension of ", slot_.shape[0]);
-  std::lock_guard lock(mutex_);
-  if (!any_absent(first, first + entries)) return;
+  {
+    std::lock_guard lock(mutex_);
+    if (!any_absent(first, first + entries)) return;
+  }
   home.pack(data_.get(), slot_, source, first);
+  std::lock_guard lock(mutex_);
   mark(first, first + entries);
 }
 

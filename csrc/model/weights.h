@@ -72,7 +72,8 @@ class WeightHome {
   virtual ~WeightHome() = default;
   virtual std::string name() const = 0;
   virtual std::shared_ptr<std::byte> allocate(size_t bytes) = 0;
-  // Packs entries [first, first + source.shape[0]) of the leading dimension.
+  // Packs entries [first, first + source.shape[0]) of the leading dimension. Several threads may
+  // call it at once.
   virtual void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
                     int64_t first) = 0;
   // Takes whole units of a tensor as a host's home packs them; `to` is where the first belongs.
@@ -94,7 +95,7 @@ class StoredTensor {
   const float* floats() const { return reinterpret_cast<const float*>(data_.get()); }
   bool complete() const;
 
-  // Entries that are already there are skipped, so that two engines may load at once.
+  // Pieces whose entries are all there are skipped. Several threads may put several parts at once.
   void put(WeightHome& home, const TensorView& source, int64_t first);
   // Bytes [at, at + bytes) of the packed tensor in host order, whole units. Several threads may put
   // several parts of one tensor at once. It is complete only after `accept`, so that bytes with a

@@ -156,11 +156,17 @@ def state_buffers(config: ModelConfig, kv_dtype: str) -> list[tuple[str, str, li
     is then that of one token)."""
 
 @final
-class PackedTensor:
-    """One tensor packed as a CPU holds it, for a file. As a buffer it gives its bytes; BufferError
-    while entries are missing."""
+class Packer:
+    """Packs tensors as a CPU holds them; a GPU quantizes for it, with the same bits."""
 
-    def __init__(self, slot: TensorSlot, *, threads: int) -> None: ...
+    def __init__(self, *, threads: int, device: str = "cpu") -> None: ...
+
+@final
+class PackedTensor:
+    """One tensor packed for a file. As a buffer it gives its bytes; BufferError while entries are
+    missing. Several threads may put entries at once."""
+
+    def __init__(self, slot: TensorSlot, packer: Packer) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def put(self, data: Buffer, dtype: str, first: int = 0) -> None:
         """As `Model.put`."""

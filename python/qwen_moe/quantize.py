@@ -10,15 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qwen_moe import _core, bundle, info, loading
 from qwen_moe.bundle_writer import ShardWriter, appearing, check_free, sync
 from qwen_moe.checkpoint import Checkpoint
 from qwen_moe.config import load_json
-from qwen_moe.errors import FormatError, InvalidArgument
+from qwen_moe.errors import InvalidArgument
+from qwen_moe.placement import resolve_devices
 from qwen_moe.plan import Plan, plan, report
-from qwen_moe.shards import Shards
 
 RECIPES = ("int4", "int4-all", "int8")
 # Taken over from the source as they are, where they are there.
@@ -41,13 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the directory to write")
     parser.add_argument("--recipe", choices=RECIPES, required=True)
     parser.add_argument("--force", action="store_true", help="replace a bundle at OUT")
+    parser.add_argument(
+        "--device", default="auto", help="what quantizes: auto, cpu, cuda or cuda:N; same bytes"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="default: all CPUs")
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the bundle and say what it holds."""
     written = quantize(
-        args.source, args.out, recipe=args.recipe, threads=args.threads, force=args.force
+        args.source,
+        args.out,
+        recipe=args.recipe,
+        device=args.device,
+        threads=args.threads,
+        force=args.force,
     )
     print(f"{args.out}: {info.size(written)} of weights as {args.recipe}")
 
@@ -57,6 +63,7 @@ def quantize(
     out: Path,
     *,
     recipe: str,
+    device: str = "auto",
     threads: int | None = None,
     force: bool = False,
     progress: bool | None = None,
@@ -68,7 +75,9 @@ def quantize(
         source: A directory that `Engine` opens, not a bundle and not a GGUF file.
         out: The directory to write. It appears at the end, whole.
         recipe: int4, int4-all or int8.
-        threads: CPU threads that pack; None takes all.
+        device: What quantizes: "cpu", "cuda", "cuda:1", or "auto", which takes CUDA when there is
+            some. The bundle is the same.
+        threads: CPU threads that read and pack; None takes all.
         force: Replace a bundle at `out`.
         progress: Show a progress bar on stderr; None shows it on a terminal.
         load_format: As that of `Engine`; "dummy" writes random weights, to time real shapes.
@@ -82,6 +91,7 @@ def quantize(
     """
     if recipe not in RECIPES:
         raise InvalidArgument(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    device = resolve_devices(device, None)[0]
     check_free(out, replace=force)
     checkpoint = Checkpoint(source, load_format)
     if checkpoint.bundle is not None:
@@ -99,7 +109,7 @@ def quantize(
             )
         _copy_settings(checkpoint.folder, folder)
         tensors = _write_tensors(
-            checkpoint, planned, folder, recipe, threads or len(os.sched_getaffinity(0)), progress
+            planned, folder, recipe, device, threads or len(os.sched_getaffinity(0)), progress
         )
         manifest = {
             "format": bundle.FORMAT,
@@ -119,10 +129,10 @@ def quantize(
 
 
 def _write_tensors(
-    checkpoint: Checkpoint,
     planned: Plan,
     folder: Path,
     recipe: str,
+    device: str,
     threads: int,
     progress: bool | None,
 ) -> dict[str, Mapping[str, Any]]:
@@ -130,13 +140,14 @@ def _write_tensors(
     entries: dict[str, Mapping[str, Any]] = {}
     total = sum(slot.bytes for slot in planned.slots)
     label = f"writing as {recipe}"
+    packer = _core.Packer(threads=threads, device=device)
+    workers = loading.readers([device], threads)
     with (
         loading.progress_bar(total, label, progress) as bar,
-        Shards() as shards,
         ShardWriter(folder, planned.slots) as writer,
     ):
         for file, slot in writer.open_each():
-            packed = _packed(shards, planned, slot, threads)
+            packed = _packed(planned, slot, packer, workers)
             data = memoryview(packed)
             writer.write(data)
             entries[slot.fqn] = {
@@ -153,19 +164,19 @@ def _write_tensors(
 
 
 def _packed(
-    shards: Shards, planned: Plan, slot: _core.TensorSlot, threads: int
+    planned: Plan, slot: _core.TensorSlot, packer: _core.Packer, workers: int
 ) -> _core.PackedTensor:
-    packed = _core.PackedTensor(slot, threads=threads)
+    packed = _core.PackedTensor(slot, packer)
     if not planned.sources:  # of a dummy
         packed.fill_random(loading.seed(slot.fqn))
         return packed
-    weight, coded = planned.sources[slot.fqn], slot.fqn in planned.stored
-    for first, data in loading.pieces(shards, slot, weight, coded):
-        dtype = "coded" if coded else loading.dtype_name(data)
-        try:
-            packed.put(data.view(torch.uint8).numpy().data, dtype, first)
-        except FormatError as error:
-            raise FormatError(f"{weight.file}: {error}") from error
+    pieces = loading.pieces(slot, planned.sources[slot.fqn], coded=slot.fqn in planned.stored)
+
+    def put(data: memoryview, dtype: str, piece: loading.Piece) -> None:
+        packed.put(data, dtype, piece.begin)
+
+    for _ in loading.put_pieces(pieces, put, workers):
+        pass
     return packed
 
 
