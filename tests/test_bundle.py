@@ -289,6 +289,60 @@ def test_groups_that_a_gpu_does_not_take_are_refused(tmp_path: Path) -> None:
         plan(Checkpoint(out), "int4", ["cuda:0"])
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_bundle_has_the_group_asked_for(tmp_path: Path, group: int) -> None:
+    out = written(tmp_path / "out", group=group)
+    assert torch.equal(logits(out), logits(TINY, quantize="int4", group=group))
+    assert json.loads((out / MANIFEST).read_text())["group"] == group
+    with open_cpu(out) as engine:
+        assert engine.group == group
+    with open_cpu(out, group=group):
+        pass
+    other = 96 - group if group < 128 else 64
+    refused(out, qwen_moe.InvalidArgument, f"in groups of {group}.*group={other}", group=other)
+
+
+def test_engines_of_other_groups_share_no_tensor_and_no_session(tmp_path: Path) -> None:
+    with open_cpu(TINY, quantize="int4") as engine, engine.session() as session:
+        session.prefill(IDS)
+        session.save(tmp_path / "session")
+        found = {group: logits(TINY, quantize="int4", group=group) for group in (32, 64, 128)}
+    assert torch.equal(found[128], logits(TINY, quantize="int4"))
+    assert not torch.equal(found[64], found[128])
+    assert not torch.equal(found[32], found[64])
+    with (
+        open_cpu(TINY, quantize="int4", group=32) as engine,
+        pytest.raises(qwen_moe.InvalidArgument, match="with group 128, this engine has 32"),
+    ):
+        engine.restore(tmp_path / "session")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"group": 48, "quantize": "int4"}, "128, 64, 32; got 48"),
+        ({"group": 64}, "group=64 says nothing without quantize"),
+    ],
+)
+def test_a_group_that_says_nothing_is_refused(settings: dict, words: str) -> None:
+    refused(TINY, qwen_moe.InvalidArgument, words, **settings)
+
+
+def test_a_group_too_small_for_a_gpu_is_refused_by_name() -> None:
+    with pytest.raises(qwen_moe.InvalidArgument, match=r"group=32: a GPU takes .* at least 64"):
+        plan(Checkpoint(TINY), "int4", ["cuda:0"], 32)
+
+
+def test_codes_in_smaller_groups_than_asked_for_are_packed_again(tmp_path: Path) -> None:
+    source = foreign.write(
+        tmp_path / "gptq", foreign.tiny(), foreign.GPTQ | {"group_size": 32}, foreign.gptq(group=32)
+    ).path
+    out = written(tmp_path / "out", "int4", source, group=64)
+    plan(Checkpoint(out), "int4", ["cuda:0"])  # which takes it now
+    assert torch.equal(logits(out), logits(source, quantize="int4", group=64))
+    assert not torch.equal(logits(out), logits(source, quantize="int4"))
+
+
 def test_a_layout_of_another_device_is_refused(original: Path) -> None:
     checkpoint = Checkpoint(original)
     assert checkpoint.bundle is not None
@@ -409,10 +463,10 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, tensors: int, error: BaseExcepti
     count = iter(range(tensors))
     write = bundle_writer.ShardWriter.write
 
-    def failing(self: bundle_writer.ShardWriter, data: memoryview) -> None:
+    def failing(self: bundle_writer.ShardWriter, slot: Any, data: memoryview) -> None:
         if next(count, None) is None:
             raise error
-        write(self, data)
+        write(self, slot, data)
 
     monkeypatch.setattr(bundle_writer.ShardWriter, "write", failing)
 
@@ -453,31 +507,84 @@ def test_no_room_is_said_before_anything_is_packed(
     assert_nothing_there(tmp_path / "out")
 
 
-def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_after(monkeypatch, 20, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        written(tmp_path / "out")
-    assert_nothing_there(tmp_path / "out")
+def count_packed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    packed: list[str] = []
+    inner = quantize._packed
+
+    def counted(planned: Any, slot: Any, *rest: Any) -> Any:
+        packed.append(slot.fqn)
+        return inner(planned, slot, *rest)
+
+    monkeypatch.setattr(quantize, "_packed", counted)
+    return packed
+
+
+def interrupted(out: Path, monkeypatch: pytest.MonkeyPatch, tensors: int, **settings: Any) -> Path:
+    """What is left when the run is stopped after some tensors."""
+    with monkeypatch.context() as patched:
+        fail_after(patched, tensors, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            written(out, **settings)
+    assert not out.exists()
+    return bundle_writer.partial_of(out)
+
+
+def same_files(one: Path, other: Path) -> None:
+    assert names(one) == names(other)
+    for name in names(one):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("tensors", [0, 20])
-def test_what_a_killed_run_leaves_does_not_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: int
+def test_what_an_interrupted_run_leaves_does_not_open_and_is_gone_on_with(
+    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch, tensors: int
 ) -> None:
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            shutil, "rmtree", lambda *args, **kwargs: None
-        )  # a killed run cleans nothing
-        fail_after(patched, tensors, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            written(out)
-    assert (partial / "config.json").is_file()
-    assert not out.exists()
+    monkeypatch.setattr(bundle_writer, "SHARD_BYTES", 1 << 20)  # more than one file
+    want = written(tmp_path / "want")
+    partial = interrupted(tmp_path / "out", monkeypatch, tensors)
     refused(partial, qwen_moe.FormatError, "holds neither")
-    written(out)  # and the next run begins anew
-    assert names(tmp_path) == ["out"]
-    assert torch.equal(logits(out), logits(TINY, quantize="int4"))
+    partial = interrupted(tmp_path / "out", monkeypatch, 7)  # again, further on
+    packed = count_packed(monkeypatch)
+    out = written(tmp_path / "out")
+    total = len(Checkpoint(out).bundle.tensors)  # type: ignore[union-attr]
+    assert len(packed) == total - tensors - 7
+    assert names(tmp_path) == ["out", "want"]
+    same_files(out, want)
+
+
+def test_what_is_damaged_since_is_written_again(
+    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = interrupted(tmp_path / "out", monkeypatch, 20)
+    file = partial / "packed-00001-of-00001.safetensors"
+    with file.open("r+b") as opened:  # the embedding, which is the first
+        opened.seek(100_000)
+        opened.write(b"damaged")
+    with (partial / bundle_writer._JOURNAL).open("a") as journal:
+        journal.write('["norm.we')  # a killed run
+    packed = count_packed(monkeypatch)
+    out = written(tmp_path / "out")
+    assert packed[0] == "embed_tokens.weight"
+    assert len(packed) == len(Checkpoint(out).bundle.tensors) - 19  # type: ignore[union-attr]
+    same_files(out, original)
+
+
+@pytest.mark.parametrize("other", [{"recipe": "int8"}, {"group": 64}], ids=str)
+def test_what_another_run_left_is_written_over(
+    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch, other: dict
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(bundle_writer, "SHARD_BYTES", 1 << 20)  # its files have other names
+        interrupted(tmp_path / "out", monkeypatch, 20, **other)
+    same_files(written(tmp_path / "out"), original)
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_after(monkeypatch, 20, KeyboardInterrupt())
+    assert main(["quantize", str(TINY), str(tmp_path / "out"), "--recipe", "int4"]) == 130
+    assert f"goes on with what is in {tmp_path / 'out.partial'}" in capsys.readouterr().err
 
 
 def test_another_process_that_writes_is_left_alone(tmp_path: Path) -> None:
@@ -517,6 +624,7 @@ def test_force_replaces_a_bundle(packed: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(KeyboardInterrupt):
             written(packed, "int8", force=True)
     assert torch.equal(logits(packed), logits(TINY, quantize="int4"))  # the old one is still there
+    assert names(packed.parent) == [packed.name, f"{packed.name}.partial"]
     written(packed, "int8", force=True)
     assert names(packed.parent) == [packed.name]
     assert torch.equal(logits(packed), logits(TINY, quantize="int8"))

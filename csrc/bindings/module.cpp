@@ -107,6 +107,7 @@ struct PyModel {
   std::shared_ptr<Model> model;
   std::vector<std::string> devices;
   int threads;
+  int group;  // the most input features that share a scale
 };
 
 struct PySlot {
@@ -345,7 +346,7 @@ void register_model(py::module_& m) {
              return PyModel{
                  std::make_shared<Model>(config, parse_recipe(recipe), dense, checkpoint,
                                          std::move(homes), split, stored_formats(stored, group)),
-                 devices, threads};
+                 devices, threads, group};
            }),
            "config"_a, py::kw_only(), "recipe"_a, "dtype"_a, "checkpoint"_a, "devices"_a, "split"_a,
            "threads"_a, "stored"_a = std::map<std::string, std::string>{}, "group"_a = 128,
@@ -364,6 +365,7 @@ void register_model(py::module_& m) {
             return slots;
           })
       .def_property_readonly("bytes", [](const PyModel& self) { return self.model->bytes(); })
+      .def_readonly("group", &PyModel::group)
       .def(
           "put",
           [](PyModel& self, const std::string& fqn, const py::buffer& data,
@@ -604,12 +606,12 @@ PYBIND11_MODULE(_core, m) {
   m.def("isa", &cpu_isa);
   m.def(
       "crc32",
-      [](const py::buffer& data) {
+      [](const py::buffer& data, uint32_t before) {
         const Span span = memory_of(data, false);
         py::gil_scoped_release release;
-        return crc32(0, span.data, span.bytes);
+        return crc32(before, span.data, span.bytes);
       },
-      "data"_a);
+      "data"_a, "before"_a = 0);
   m.def("crc32_combine", &crc32_combine, "first"_a, "second"_a, "second_bytes"_a);
   m.def(
       "read_bandwidth",

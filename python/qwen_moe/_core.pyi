@@ -22,7 +22,7 @@ def cuda_read_bandwidth(device: int) -> float:
 def isa() -> str:
     """The instruction set that the CPU kernels use: portable, avx2 or avx512."""
 
-def crc32(data: Buffer) -> int:
+def crc32(data: Buffer, before: int = 0) -> int:
     """As `zlib.crc32`, faster."""
 
 def crc32_combine(first: int, second: int, second_bytes: int) -> int:
@@ -203,6 +203,8 @@ class Model:
     def slots(self) -> list[TensorSlot]: ...
     @property
     def bytes(self) -> int: ...
+    @property
+    def group(self) -> int: ...
     def put(self, fqn: str, data: Buffer, dtype: str, first: int = 0) -> None:
         """Packs rows of one tensor. `data` is contiguous, of `dtype`, and holds whole entries of
         the leading dimension starting at `first` (for experts: expert `first`, first + 1, ...).

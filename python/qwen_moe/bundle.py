@@ -135,7 +135,7 @@ class Bundle:
             if 0 < tensor.group < least:
                 raise InvalidArgument(
                     f"{tensor.describe()}: a GPU takes groups of at least {least}; open the bundle "
-                    'with device="cpu", or the checkpoint that it was made from'
+                    'with device="cpu", or write it again with a larger --group'
                 )
 
     def stored(self) -> dict[str, str]:

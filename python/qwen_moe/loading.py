@@ -38,6 +38,7 @@ def load(
     devices: Sequence[str],
     split: Sequence[int],
     threads: int,
+    group: int | None = None,
     progress: bool | None = None,
 ) -> _core.Model:
     """Read, pack and place the weights; tensors that the process already holds are not read again.
@@ -48,6 +49,7 @@ def load(
         devices: Where contiguous spans of layers go, in order.
         split: The first layer of every device but the first.
         threads: CPU threads that pack.
+        group: Input features that share a scale; see `plan`.
         progress: Show a progress bar on stderr; None shows it on a terminal.
 
     Raises:
@@ -55,7 +57,7 @@ def load(
     """
     # Engines that open one checkpoint at once would fill the same tensors.
     with _turns[checkpoint.identity]:
-        return _load(checkpoint, recipe, devices, split, threads, progress)
+        return _load(checkpoint, recipe, devices, split, threads, group, progress)
 
 
 def _load(
@@ -64,9 +66,10 @@ def _load(
     devices: Sequence[str],
     split: Sequence[int],
     threads: int,
+    group: int | None,
     progress: bool | None,
 ) -> _core.Model:
-    found = plan(checkpoint, recipe, devices)
+    found = plan(checkpoint, recipe, devices, group)
     sources, stored = found.sources, found.stored
     if checkpoint.bundle is None:
         report(checkpoint, found)
@@ -74,7 +77,7 @@ def _load(
         config=checkpoint.config,
         recipe=recipe,
         dtype=checkpoint.dtype,
-        checkpoint=checkpoint.identity,
+        checkpoint=f"{checkpoint.identity} {found.group}",
         devices=devices,
         split=split,
         threads=threads,

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen_moe import _core, bundle, info, loading
-from qwen_moe.bundle_writer import ShardWriter, appearing, check_free, sync
+from qwen_moe.bundle_writer import ShardWriter, appearing, check_free, partial_of, sync
 from qwen_moe.checkpoint import Checkpoint
-from qwen_moe.config import load_json
-from qwen_moe.errors import InvalidArgument
+from qwen_moe.errors import FormatError, InvalidArgument
 from qwen_moe.placement import resolve_devices
 from qwen_moe.plan import Plan, plan, report
 
+logger = logging.getLogger("qwen_moe")
+
 RECIPES = ("int4", "int4-all", "int8")
 # Taken over from the source as they are, where they are there.
+GENERATION = ("generation_config.json",)
 COPIED = (
-    "generation_config.json",
+    *GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -35,9 +40,14 @@ COPIED = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint directory")
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="checkpoint directory or GGUF file"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="the directory to write")
     parser.add_argument("--recipe", choices=RECIPES, required=True)
+    parser.add_argument(
+        "--group", type=int, metavar="N", help="input features per scale: 32 (CPU), 64 or 128"
+    )
     parser.add_argument("--force", action="store_true", help="replace a bundle at OUT")
     parser.add_argument(
         "--device", default="auto", help="what quantizes: auto, cpu, cuda or cuda:N; same bytes"
@@ -47,14 +57,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the bundle and say what it holds."""
-    written = quantize(
-        args.source,
-        args.out,
-        recipe=args.recipe,
-        device=args.device,
-        threads=args.threads,
-        force=args.force,
-    )
+    try:
+        written = quantize(
+            args.source,
+            args.out,
+            recipe=args.recipe,
+            group=args.group,
+            device=args.device,
+            threads=args.threads,
+            force=args.force,
+        )
+    except KeyboardInterrupt:
+        partial = partial_of(args.out)
+        if partial.is_dir():
+            print(
+                f"\ninterrupted; the same command goes on with what is in {partial}",
+                file=sys.stderr,
+            )
+        raise
     print(f"{args.out}: {info.size(written)} of weights as {args.recipe}")
 
 
@@ -63,6 +83,7 @@ def quantize(
     out: Path,
     *,
     recipe: str,
+    group: int | None = None,
     device: str = "auto",
     threads: int | None = None,
     force: bool = False,
@@ -72,9 +93,11 @@ def quantize(
     """Pack a checkpoint as a bundle; one tensor is in memory at a time.
 
     Args:
-        source: A directory that `Engine` opens, not a bundle and not a GGUF file.
-        out: The directory to write. It appears at the end, whole.
+        source: Whatever `Engine` opens, but a bundle.
+        out: The directory to write. It appears at the end, whole. After Ctrl-C or a killed run the
+            next one with the same arguments goes on where it stopped.
         recipe: int4, int4-all or int8.
+        group: Input features that share a scale; see `Engine`. A GPU opens bundles of 64 and 128.
         device: What quantizes: "cpu", "cuda", "cuda:1", or "auto", which takes CUDA when there is
             some. The bundle is the same.
         threads: CPU threads that read and pack; None takes all.
@@ -96,22 +119,18 @@ def quantize(
     checkpoint = Checkpoint(source, load_format)
     if checkpoint.bundle is not None:
         raise InvalidArgument(f"{source}: it is a bundle already, packed as {checkpoint.recipe()}")
-    if checkpoint.quantization == "gguf":
-        raise InvalidArgument(f"{source}: a GGUF file cannot be made a bundle; open it as it is")
-    planned = plan(checkpoint, recipe, ("cpu",))
+    planned = plan(checkpoint, recipe, ("cpu",), group)
     report(checkpoint, planned)
     total = sum(slot.bytes for slot in planned.slots)
     with appearing(out, replace=force) as folder:
-        free = shutil.disk_usage(folder).free
+        written = sum(file.stat().st_blocks * 512 for file in folder.glob("packed-*"))
+        free = shutil.disk_usage(folder).free + written
         if free < total:
             raise InvalidArgument(
                 f"{out}: the bundle takes {info.size(total)}; {info.size(free)} are free there"
             )
-        _copy_settings(checkpoint.folder, folder)
-        tensors = _write_tensors(
-            planned, folder, recipe, device, threads or len(os.sched_getaffinity(0)), progress
-        )
-        manifest = {
+        _write_settings(checkpoint, folder)
+        job = {
             "format": bundle.FORMAT,
             "version": bundle.VERSION,
             "recipe": recipe,
@@ -119,9 +138,13 @@ def quantize(
             "group": planned.group,
             "source": checkpoint.fingerprint,
             "config": checkpoint.config.hash,
-            "tensors": tensors,
-            "state": bundle.declared_state(checkpoint.config),
         }
+        with ShardWriter(folder, planned.slots, job) as writer:
+            tensors = _write_tensors(
+                writer, planned, recipe, device, threads or len(os.sched_getaffinity(0)), progress
+            )
+        state = bundle.declared_state(checkpoint.config)
+        manifest = {**job, "tensors": tensors, "state": state}
         with (folder / bundle.MANIFEST).open("wb") as file:
             file.write(json.dumps(manifest, indent=1).encode())
             sync(file)
@@ -129,37 +152,32 @@ def quantize(
 
 
 def _write_tensors(
+    writer: ShardWriter,
     planned: Plan,
-    folder: Path,
     recipe: str,
     device: str,
     threads: int,
     progress: bool | None,
 ) -> dict[str, Mapping[str, Any]]:
-    """Pack and write every tensor; gives the manifest's entries."""
+    """Pack and write every tensor that is not there yet; gives the manifest's entries."""
     entries: dict[str, Mapping[str, Any]] = {}
     total = sum(slot.bytes for slot in planned.slots)
     label = f"writing as {recipe}"
     packer = _core.Packer(threads=threads, device=device)
     workers = loading.readers([device], threads)
-    with (
-        loading.progress_bar(total, label, progress) as bar,
-        ShardWriter(folder, planned.slots) as writer,
-    ):
-        for file, slot in writer.open_each():
-            packed = _packed(planned, slot, packer, workers)
-            data = memoryview(packed)
-            writer.write(data)
+    with loading.progress_bar(total, label, progress) as bar:
+        for file, slot, kept in writer.open_each():
+            if not kept:  # what was packed is freed before the next is allocated
+                writer.write(slot, memoryview(_packed(planned, slot, packer, workers)))
             entries[slot.fqn] = {
                 "file": file,
                 "shape": slot.shape,
                 "format": slot.format,
                 "group": slot.group,
                 "bytes": slot.bytes,
-                "crc32": f"{_core.crc32(data):08x}",
+                "crc32": f"{writer.sums[slot.fqn]:08x}",
             }
             bar.update(slot.bytes)
-            del packed, data  # before the next one is allocated
     return entries
 
 
@@ -180,17 +198,26 @@ def _packed(
     return packed
 
 
-def _copy_settings(source: Path, folder: Path) -> None:
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-            with (folder / name).open("rb") as file:
-                os.fsync(file.fileno())
-    config = load_json(source / "config.json")
+def _write_settings(checkpoint: Checkpoint, folder: Path) -> None:
+    """config.json and the tokenizer."""
+    copied: tuple[str, ...] = COPIED
+    if checkpoint.holds_tokenizer:  # then nothing beside the file is asked for one
+        copied = GENERATION if checkpoint.path == checkpoint.folder else ()
+    for name in copied:
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+    if checkpoint.holds_tokenizer:
+        try:
+            checkpoint.tokenizer().save(folder)
+        except FormatError as error:  # it can be opened, with prompts of ids
+            logger.warning("the bundle has no tokenizer: %s", error)
+    config = copy.deepcopy(checkpoint.raw_config)
     text = config.get("text_config")
     for part in (config, text):  # it describes tensors that a bundle does not have
         if isinstance(part, dict):
             part.pop("quantization_config", None)
-    with (folder / "config.json").open("wb") as file:
-        file.write(json.dumps(config, indent=2, ensure_ascii=False).encode())
-        sync(file)
+    written = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(written, encoding="utf-8")
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
