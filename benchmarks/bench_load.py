@@ -311,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 shutil.rmtree(bundle)
             checkpoint = Path(folder) / "checkpoint"
             write_checkpoint(checkpoint, preset(args.preset, args.layers))
+            os.sync()  # so that nothing is written while it is read
             name = f"bfloat16, {args.layers} layers, as int4"
             report[name] = measure(checkpoint, "int4", *common)
     for name, found in report.items():
