@@ -154,7 +154,7 @@ def pieces(slot: _core.TensorSlot, weight: Weight, *, coded: bool) -> Iterator[P
 
 def readers(devices: Sequence[str], threads: int) -> int:
     """How many threads read pieces: on a CPU packing one takes all threads itself."""
-    return 2 if set(devices) == {"cpu"} else threads
+    return min(threads, 8) if set(devices) == {"cpu"} else threads
 
 
 def put_pieces(
