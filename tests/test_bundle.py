@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import foreign
 import qwen_moe
@@ -576,6 +577,16 @@ def test_what_another_run_left_is_written_over(
     with monkeypatch.context() as patched:
         patched.setattr(bundle_writer, "SHARD_BYTES", 1 << 20)  # its files have other names
         interrupted(tmp_path / "out", monkeypatch, 20, **other)
+    same_files(written(tmp_path / "out"), original)
+
+
+def test_what_is_left_of_another_source_of_the_same_shapes_is_written_over(
+    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(TINY, tmp_path / "other"))
+    tensors = load_file(TINY / "model.safetensors")
+    save_file({n: t.flip(-1).contiguous() for n, t in tensors.items()}, other / "model.safetensors")
+    interrupted(tmp_path / "out", monkeypatch, 20, source=other)
     same_files(written(tmp_path / "out"), original)
 
 
