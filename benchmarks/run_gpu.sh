@@ -135,6 +135,8 @@ for name in ${benches[@]+"${benches[@]}"}; do
 done
 step "prefill kernels" python3 benchmarks/bench_prefill_kernels.py \
   --json "benchmarks/results/$label-prefill-$date.json"
+step "loading" python3 benchmarks/bench_load.py --preset 35b-a3b --device cuda --layers 4 \
+  --json "benchmarks/results/$label-load-$date.json"
 step "qwen-moe bench" python3 -m qwen_moe bench --device cuda \
   --json "benchmarks/results/$label-$date.json" "$@"
 

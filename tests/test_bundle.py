@@ -6,16 +6,21 @@ import errno
 import fcntl
 import json
 import os
+import random
 import re
 import resource
 import shutil
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import foreign
 import qwen_moe
@@ -67,6 +72,18 @@ def edit(path: Path, change: Callable[[dict], Any]) -> None:
     (path / MANIFEST).write_text(json.dumps(manifest))
 
 
+def empty_model(checkpoint: Checkpoint, identity: str) -> _core.Model:
+    return _core.Model(
+        config=checkpoint.config,
+        recipe="int4",
+        dtype=checkpoint.dtype,
+        checkpoint=identity,
+        devices=["cpu"],
+        split=[],
+        threads=1,
+    )
+
+
 def names(path: Path) -> list[str]:
     return sorted(file.name for file in path.iterdir())
 
@@ -89,6 +106,19 @@ def test_a_bundle_gives_the_bits_of_packing_while_loading(tmp_path: Path, recipe
     assert torch.equal(logits(out), want)
     assert torch.equal(logits(out, quantize=recipe), want)
     assert not torch.equal(want, logits(TINY))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_gpu_writes_the_same_bundle_and_opens_it(tmp_path: Path, recipe: str) -> None:
+    on_cpu = written(tmp_path / "cpu", recipe, device="cpu")
+    on_gpu = written(tmp_path / "gpu", recipe, device="cuda")
+    assert names(on_cpu) == names(on_gpu)
+    for name in names(on_cpu):
+        assert (on_cpu / name).read_bytes() == (on_gpu / name).read_bytes(), name
+    on_device = {"device": "cuda", "kv_dtype": "bfloat16"}
+    want = logits(TINY, quantize=recipe, **on_device)
+    assert torch.equal(logits(on_gpu, **on_device), want)
 
 
 def test_codes_that_a_checkpoint_has_stay_as_they_are(tmp_path: Path) -> None:
@@ -220,15 +250,7 @@ def test_damage_in_an_early_piece_leaves_the_tensor_incomplete(
     with tensor.file.open("r+b") as file:
         file.seek(tensor.offset)
         file.write(b"\xff\xff\xff\xff")
-    model = _core.Model(
-        config=checkpoint.config,
-        recipe="int4",
-        dtype=checkpoint.dtype,
-        checkpoint=checkpoint.identity,
-        devices=["cpu"],
-        split=[],
-        threads=1,
-    )
+    model = empty_model(checkpoint, checkpoint.identity)
     slot = next(slot for slot in model.slots if slot.fqn == tensor.fqn)
     assert slot.unit_bytes * slot.shape[0] == slot.bytes > 5000
     with pytest.raises(qwen_moe.FormatError, match="checksum"):
@@ -266,6 +288,60 @@ def test_groups_that_a_gpu_does_not_take_are_refused(tmp_path: Path) -> None:
     assert torch.equal(logits(out), logits(source, quantize="int4"))
     with pytest.raises(qwen_moe.InvalidArgument, match=r"group 32 in .*groups of at least 64"):
         plan(Checkpoint(out), "int4", ["cuda:0"])
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_bundle_has_the_group_asked_for(tmp_path: Path, group: int) -> None:
+    out = written(tmp_path / "out", group=group)
+    assert torch.equal(logits(out), logits(TINY, quantize="int4", group=group))
+    assert json.loads((out / MANIFEST).read_text())["group"] == group
+    with open_cpu(out) as engine:
+        assert engine.group == group
+    with open_cpu(out, group=group):
+        pass
+    other = 96 - group if group < 128 else 64
+    refused(out, qwen_moe.InvalidArgument, f"in groups of {group}.*group={other}", group=other)
+
+
+def test_engines_of_other_groups_share_no_tensor_and_no_session(tmp_path: Path) -> None:
+    with open_cpu(TINY, quantize="int4") as engine, engine.session() as session:
+        session.prefill(IDS)
+        session.save(tmp_path / "session")
+        found = {group: logits(TINY, quantize="int4", group=group) for group in (32, 64, 128)}
+    assert torch.equal(found[128], logits(TINY, quantize="int4"))
+    assert not torch.equal(found[64], found[128])
+    assert not torch.equal(found[32], found[64])
+    with (
+        open_cpu(TINY, quantize="int4", group=32) as engine,
+        pytest.raises(qwen_moe.InvalidArgument, match="with group 128, this engine has 32"),
+    ):
+        engine.restore(tmp_path / "session")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"group": 48, "quantize": "int4"}, "128, 64, 32; got 48"),
+        ({"group": 64}, "group=64 says nothing without quantize"),
+    ],
+)
+def test_a_group_that_says_nothing_is_refused(settings: dict, words: str) -> None:
+    refused(TINY, qwen_moe.InvalidArgument, words, **settings)
+
+
+def test_a_group_too_small_for_a_gpu_is_refused_by_name() -> None:
+    with pytest.raises(qwen_moe.InvalidArgument, match=r"group=32: a GPU takes .* at least 64"):
+        plan(Checkpoint(TINY), "int4", ["cuda:0"], 32)
+
+
+def test_codes_in_smaller_groups_than_asked_for_are_packed_again(tmp_path: Path) -> None:
+    source = foreign.write(
+        tmp_path / "gptq", foreign.tiny(), foreign.GPTQ | {"group_size": 32}, foreign.gptq(group=32)
+    ).path
+    out = written(tmp_path / "out", "int4", source, group=64)
+    plan(Checkpoint(out), "int4", ["cuda:0"])  # which takes it now
+    assert torch.equal(logits(out), logits(source, quantize="int4", group=64))
+    assert not torch.equal(logits(out), logits(source, quantize="int4"))
 
 
 def test_a_layout_of_another_device_is_refused(original: Path) -> None:
@@ -321,24 +397,60 @@ def test_a_manifest_that_does_not_fit_is_refused(
 
 def test_packed_bytes_must_be_whole_units(original: Path) -> None:
     checkpoint = Checkpoint(original)
-    model = _core.Model(
-        config=checkpoint.config,
-        recipe="int4",
-        dtype=checkpoint.dtype,
-        checkpoint="units",
-        devices=["cpu"],
-        split=[],
-        threads=1,
-    )
-    slot = next(slot for slot in model.slots if slot.fqn == "lm_head.weight")
+    assert checkpoint.bundle is not None
+    tensor = checkpoint.bundle.tensors["lm_head.weight"]
+    model = empty_model(checkpoint, "units")
+    slot = next(slot for slot in model.slots if slot.fqn == tensor.fqn)
     unit = slot.unit_bytes
-    for size, at in ((unit - 1, 0), (unit, 1), (unit, slot.bytes), (0, 0), (2 * slot.bytes, 0)):
-        with pytest.raises(qwen_moe.FormatError, match="whole units"):
-            model.put_packed(slot.fqn, bytes(size), at)
-    with pytest.raises(qwen_moe.InvalidArgument, match="no tensor named"):
-        model.put_packed("other.weight", bytes(unit))
+    with tensor.file.open("rb") as file:
+
+        def read(size: int, at: int, fqn: str = tensor.fqn) -> int:
+            return model.read_packed(fqn, file.fileno(), tensor.offset + at, size, at)
+
+        for size, at in ((unit - 1, 0), (unit, 1), (unit, slot.bytes), (0, 0), (2 * slot.bytes, 0)):
+            with pytest.raises(qwen_moe.FormatError, match="whole units"):
+                read(size, at)
+        with pytest.raises(qwen_moe.InvalidArgument, match="no tensor named"):
+            read(unit, 0, "other.weight")
+        with pytest.raises(qwen_moe.FormatError, match="cannot be read: Bad file descriptor"):
+            model.read_packed(tensor.fqn, -1, 0, unit)
+        assert read(slot.bytes, 0) == tensor.crc32
+        model.accept(tensor.fqn)
+        with pytest.raises(qwen_moe.InvalidArgument, match="is complete and in use"):
+            read(unit, 0)
     with pytest.raises(BufferError):  # nothing was put yet
-        memoryview(_core.PackedTensor(slot, threads=1))
+        memoryview(_core.PackedTensor(slot, _core.Packer(threads=1)))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 63, 64, 65, 127, 128, 129, 4096, 100_003])
+def test_checksums_are_those_of_zlib(size: int) -> None:
+    data = random.Random(size).randbytes(size + 8)
+    for skip in (0, 3, 8):
+        rest = data[skip:]
+        assert _core.crc32(rest) == zlib.crc32(rest)
+        both = _core.crc32_combine(zlib.crc32(data[:skip]), zlib.crc32(rest), len(rest))
+        assert both == zlib.crc32(data)
+
+
+def test_engines_that_open_a_bundle_at_once_share_its_tensors(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "PIECE_BYTES", 5000)
+    size = sum(t.bytes for t in Checkpoint(packed).bundle.tensors.values())  # type: ignore[union-attr]
+    read = Counter[str]()
+    put = bundle.Bundle.put
+
+    def counted(*args: Any) -> Iterator[int]:
+        for count in put(*args):
+            read["bytes"] += count
+            yield count
+
+    monkeypatch.setattr(bundle.Bundle, "put", counted)
+    with ThreadPoolExecutor(3) as pool:
+        engines = list(pool.map(lambda _: open_cpu(packed), range(3)))
+    assert read["bytes"] == size
+    for engine in engines:
+        engine.close()
 
 
 # --- Writing --------------------------------------------------------------------
@@ -352,10 +464,10 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, tensors: int, error: BaseExcepti
     count = iter(range(tensors))
     write = bundle_writer.ShardWriter.write
 
-    def failing(self: bundle_writer.ShardWriter, data: memoryview) -> None:
+    def failing(self: bundle_writer.ShardWriter, slot: Any, data: memoryview) -> None:
         if next(count, None) is None:
             raise error
-        write(self, data)
+        write(self, slot, data)
 
     monkeypatch.setattr(bundle_writer.ShardWriter, "write", failing)
 
@@ -396,31 +508,94 @@ def test_no_room_is_said_before_anything_is_packed(
     assert_nothing_there(tmp_path / "out")
 
 
-def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_after(monkeypatch, 20, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        written(tmp_path / "out")
-    assert_nothing_there(tmp_path / "out")
+def count_packed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    packed: list[str] = []
+    inner = quantize._packed
+
+    def counted(planned: Any, slot: Any, *rest: Any) -> Any:
+        packed.append(slot.fqn)
+        return inner(planned, slot, *rest)
+
+    monkeypatch.setattr(quantize, "_packed", counted)
+    return packed
+
+
+def interrupted(out: Path, monkeypatch: pytest.MonkeyPatch, tensors: int, **settings: Any) -> Path:
+    """What is left when the run is stopped after some tensors."""
+    with monkeypatch.context() as patched:
+        fail_after(patched, tensors, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            written(out, **settings)
+    assert not out.exists()
+    return bundle_writer.partial_of(out)
+
+
+def same_files(one: Path, other: Path) -> None:
+    assert names(one) == names(other)
+    for name in names(one):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("tensors", [0, 20])
-def test_what_a_killed_run_leaves_does_not_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: int
+def test_what_an_interrupted_run_leaves_does_not_open_and_is_gone_on_with(
+    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch, tensors: int
 ) -> None:
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            shutil, "rmtree", lambda *args, **kwargs: None
-        )  # a killed run cleans nothing
-        fail_after(patched, tensors, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            written(out)
-    assert (partial / "config.json").is_file()
-    assert not out.exists()
+    monkeypatch.setattr(bundle_writer, "SHARD_BYTES", 1 << 20)  # more than one file
+    want = written(tmp_path / "want")
+    partial = interrupted(tmp_path / "out", monkeypatch, tensors)
     refused(partial, qwen_moe.FormatError, "holds neither")
-    written(out)  # and the next run begins anew
-    assert names(tmp_path) == ["out"]
-    assert torch.equal(logits(out), logits(TINY, quantize="int4"))
+    partial = interrupted(tmp_path / "out", monkeypatch, 7)  # again, further on
+    packed = count_packed(monkeypatch)
+    out = written(tmp_path / "out")
+    total = len(Checkpoint(out).bundle.tensors)  # type: ignore[union-attr]
+    assert len(packed) == total - tensors - 7
+    assert names(tmp_path) == ["out", "want"]
+    same_files(out, want)
+
+
+def test_what_is_damaged_since_is_written_again(
+    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = interrupted(tmp_path / "out", monkeypatch, 20)
+    file = partial / "packed-00001-of-00001.safetensors"
+    with file.open("r+b") as opened:  # the embedding, which is the first
+        opened.seek(100_000)
+        opened.write(b"damaged")
+    with (partial / bundle_writer._JOURNAL).open("a") as journal:
+        journal.write('["norm.we')  # a killed run
+    packed = count_packed(monkeypatch)
+    out = written(tmp_path / "out")
+    assert packed[0] == "embed_tokens.weight"
+    assert len(packed) == len(Checkpoint(out).bundle.tensors) - 19  # type: ignore[union-attr]
+    same_files(out, original)
+
+
+@pytest.mark.parametrize("other", [{"recipe": "int8"}, {"group": 64}], ids=str)
+def test_what_another_run_left_is_written_over(
+    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch, other: dict
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(bundle_writer, "SHARD_BYTES", 1 << 20)  # its files have other names
+        interrupted(tmp_path / "out", monkeypatch, 20, **other)
+    same_files(written(tmp_path / "out"), original)
+
+
+def test_what_is_left_of_another_source_of_the_same_shapes_is_written_over(
+    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(TINY, tmp_path / "other"))
+    tensors = load_file(TINY / "model.safetensors")
+    save_file({n: t.flip(-1).contiguous() for n, t in tensors.items()}, other / "model.safetensors")
+    interrupted(tmp_path / "out", monkeypatch, 20, source=other)
+    same_files(written(tmp_path / "out"), original)
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_after(monkeypatch, 20, KeyboardInterrupt())
+    assert main(["quantize", str(TINY), str(tmp_path / "out"), "--recipe", "int4"]) == 130
+    assert f"goes on with what is in {tmp_path / 'out.partial'}" in capsys.readouterr().err
 
 
 def test_another_process_that_writes_is_left_alone(tmp_path: Path) -> None:
@@ -460,6 +635,7 @@ def test_force_replaces_a_bundle(packed: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(KeyboardInterrupt):
             written(packed, "int8", force=True)
     assert torch.equal(logits(packed), logits(TINY, quantize="int4"))  # the old one is still there
+    assert names(packed.parent) == [packed.name, f"{packed.name}.partial"]
     written(packed, "int8", force=True)
     assert names(packed.parent) == [packed.name]
     assert torch.equal(logits(packed), logits(TINY, quantize="int8"))

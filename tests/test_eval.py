@@ -16,6 +16,7 @@ import qwen_moe
 from qwen_moe.__main__ import main
 from qwen_moe.checkpoint import Checkpoint
 from qwen_moe.evaluate import Loss, evaluate
+from qwen_moe.quantize import quantize
 from test_parity import TEXT
 
 # About a third above what was measured: 2.8e-4, 0.026 and 0.031; top-1 0.994, 0.859 and 0.853.
@@ -95,11 +96,44 @@ def test_a_quantized_checkpoint_is_compared_with_the_one_it_came_from(
     )
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    arguments = ["eval", str(written.path), "--reference", str(foreign.TINY), "--recipes", "none"]
+    arguments = ["eval", str(written.path), "--reference", str(foreign.TINY)]
     assert main([*arguments, "--text", str(text), "--device", "cpu", "--tokens", "40"]) == 0
     row = re.search(r"^\| none \|.*\| (\S+) \| [\d.]+ % \|$", capsys.readouterr().out, re.M)
     assert row is not None
     assert 1e-4 < float(row[1]) < 0.1
+
+
+def test_a_bundle_is_measured_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    quantize(foreign.TINY, out, recipe="int8")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+
+    def rows(*arguments: str) -> list[tuple[str, str, str]]:
+        options = ["--text", str(text), "--device", "cpu", "--tokens", "24", *arguments]
+        assert main(["eval", *options]) == 0
+        found = capsys.readouterr().out
+        assert ("--reference PATH" in found) == (arguments == (str(out),))
+        return re.findall(r"^\| (\S+) \| [\d.]+ MiB \| ([\d.]+) \| (\S+) \|", found, re.M)
+
+    want = rows("--recipes", "int8")
+    assert rows(str(out)) == [("int8", want[1][1], "-")]
+    compared = rows(str(out), "--reference", str(foreign.TINY))
+    assert compared == [want[0], want[1]]
+    assert main(["eval", str(out), "--text", str(text), "--recipes", "int4"]) == 2
+    assert "leave --recipes out" in capsys.readouterr().err
+
+
+def test_smaller_groups_lose_less() -> None:
+    def opened(group: int) -> float:
+        def open_group(recipe: str | None) -> qwen_moe.Engine:
+            return qwen_moe.Engine(
+                device="cpu", quantize=recipe, group=group, max_sessions=1, max_context=512
+            )
+
+        return list(evaluate(open_tiny, open_group, ids_of(TEXT), ["int4"], context=512))[1].kl
+
+    assert opened(32) < 0.8 * opened(128)
 
 
 @pytest.mark.parametrize(

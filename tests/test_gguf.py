@@ -16,6 +16,9 @@ import foreign
 import oracle
 import qwen_moe
 from qwen_moe import shards
+from qwen_moe.checkpoint import Checkpoint
+from qwen_moe.plan import plan
+from qwen_moe.quantize import quantize
 from qwen_moe.tokenizer import Tokenizer
 from test_formats import assert_same_model, engine_logits, kept, open_cpu, refused, tiny_ids
 
@@ -151,6 +154,54 @@ def test_a_recipe_packs_what_is_left(tmp_path: Path, caplog: pytest.LogCaptureFi
         "13 gguf matrices are dequantized and quantized again, which adds to their error"
     ]
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [
+        (like_q4_k_m, "int4"),
+        (matrices(Kind.Q4_0), "int8"),
+        (matrices(Kind.F16, Kind.F16), "int4-all"),
+    ],
+    ids=["Q4_K_M", "Q4_0", "F16"],
+)
+def test_a_bundle_of_a_gguf_file_opens_like_it(
+    tmp_path: Path, kind: Callable[[str], Kind], recipe: str
+) -> None:
+    written = gguf_files.write(tmp_path / "model.gguf", source(), kind)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')  # of another model
+    quantize(written.path, tmp_path / "out", recipe=recipe)
+    ids = oracle.prompt(12)
+    want = engine_logits(written.path, ids, quantize=recipe)
+    assert torch.equal(engine_logits(tmp_path / "out", ids), want)
+    with open_cpu(tmp_path / "out") as out, open_cpu(written.path, quantize=recipe) as plain:
+        assert out.fingerprint == plain.fingerprint
+        assert out.dtype == plain.dtype
+        assert out.group == plain.group
+
+
+def test_a_bundle_takes_the_tokenizer_out_of_a_gguf_file(tmp_path: Path) -> None:
+    written = gguf_files.write(
+        tmp_path / "tiny.gguf", foreign.tiny(), matrices(Kind.Q8_0), tokenizer=True
+    )
+    quantize(written.path, tmp_path / "out", recipe="int8")
+    written.path.unlink()
+    with open_cpu(tmp_path / "out") as engine, open_cpu(foreign.TINY) as plain:
+        assert engine.eos_token_ids == plain.eos_token_ids
+        text = "It's <|im_start|>user\nnaïve 12 e\u0301!  \n\n<|im_end|>"
+        assert engine.tokenizer.encode(text) == plain.tokenizer.encode(text)
+        messages = [{"role": "user", "content": "hello"}]
+        want = plain.tokenizer.apply_chat_template(messages)
+        assert engine.tokenizer.apply_chat_template(messages) == want
+
+
+def test_groups_of_a_gguf_file_become_those_of_a_gpu(tmp_path: Path) -> None:
+    written = gguf_files.write(tmp_path / "model.gguf", source(), matrices(Kind.Q4_0))
+    quantize(written.path, tmp_path / "as_it_is", recipe="int4")
+    with pytest.raises(qwen_moe.InvalidArgument, match=r"write it again with a larger --group"):
+        plan(Checkpoint(tmp_path / "as_it_is"), "int4", ["cuda:0"])
+    quantize(written.path, tmp_path / "out", recipe="int4", group=64)
+    assert plan(Checkpoint(tmp_path / "out"), "int4", ["cuda:0"]).group == 64
 
 
 def test_tensors_for_further_tokens_are_skipped(

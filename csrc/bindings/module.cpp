@@ -9,6 +9,7 @@
 #include <map>
 #include <string>
 
+#include "base/crc32.h"
 #include "engine/engine.h"
 
 namespace py = pybind11;
@@ -87,12 +88,18 @@ LayerType parse_layer_type(const std::string& name) {
   return LayerType::full_attention;
 }
 
-std::shared_ptr<WeightHome> make_home(const std::string& device, int threads) {
-  if (device == "cpu") return make_cpu_weight_home(threads);
+// -1 is the CPU.
+int device_index(const std::string& device) {
+  if (device == "cpu") return -1;
   require(device == "cuda" || device.starts_with("cuda:"), "device '", device,
           "' is not cpu, cuda or cuda:N");
-  return make_cuda_weight_home(device == "cuda" ? 0 : std::stoi(device.substr(5)),
-                               make_cpu_weight_home(threads));
+  return device == "cuda" ? 0 : std::stoi(device.substr(5));
+}
+
+std::shared_ptr<WeightHome> make_home(const std::string& device, int threads) {
+  const int index = device_index(device);
+  auto host = make_cpu_weight_home(threads);
+  return index < 0 ? host : make_cuda_weight_home(index, std::move(host));
 }
 
 // The weights and the threads that pack them and later compute.
@@ -100,6 +107,7 @@ struct PyModel {
   std::shared_ptr<Model> model;
   std::vector<std::string> devices;
   int threads;
+  int group;  // the most input features that share a scale
 };
 
 struct PySlot {
@@ -108,7 +116,12 @@ struct PySlot {
   bool resident;
 };
 
-// One tensor that is packed to be written to a file; no model holds it.
+// What packs tensors to be written to a file.
+struct PyPacker {
+  std::shared_ptr<WeightHome> home;
+};
+
+// One of them; no model holds it.
 struct PyPacked {
   std::shared_ptr<WeightHome> home;
   std::shared_ptr<StoredTensor> tensor;
@@ -282,13 +295,20 @@ void register_model(py::module_& m) {
       },
       "config"_a, "kv_dtype"_a);
 
-  py::class_<PyPacked>(m, "PackedTensor", py::buffer_protocol())
-      .def(py::init([](const PySlot& slot, int threads) {
-             auto home = make_home("cpu", threads);
-             auto memory = home->allocate(slot.slot.bytes());
-             return PyPacked{home, std::make_shared<StoredTensor>(slot.slot, std::move(memory))};
+  py::class_<PyPacker>(m, "Packer")
+      .def(py::init([](int threads, const std::string& device) {
+             const int index = device_index(device);
+             auto host = make_cpu_weight_home(threads);
+             return PyPacker{index < 0 ? host : make_cuda_packer(index, std::move(host))};
            }),
-           "slot"_a, py::kw_only(), "threads"_a)
+           py::kw_only(), "threads"_a, "device"_a = "cpu");
+  py::class_<PyPacked>(m, "PackedTensor", py::buffer_protocol())
+      .def(py::init([](const PySlot& slot, const PyPacker& packer) {
+             auto memory = packer.home->allocate(slot.slot.bytes());
+             return PyPacked{packer.home,
+                             std::make_shared<StoredTensor>(slot.slot, std::move(memory))};
+           }),
+           "slot"_a, "packer"_a)
       .def(
           "put",
           [](PyPacked& self, const py::buffer& data, const std::string& dtype, int64_t first) {
@@ -299,6 +319,10 @@ void register_model(py::module_& m) {
                              first);
           },
           "data"_a, "dtype"_a, "first"_a = 0)
+      .def(
+          "fill_random",
+          [](PyPacked& self, uint64_t seed) { self.tensor->fill_random(*self.home, seed); },
+          "seed"_a, py::call_guard<py::gil_scoped_release>())
       .def_buffer([](PyPacked& self) {
         const TensorSlot& slot = self.tensor->slot();
         require<Format>(self.tensor->complete(), slot.describe(), " was not packed completely");
@@ -322,7 +346,7 @@ void register_model(py::module_& m) {
              return PyModel{
                  std::make_shared<Model>(config, parse_recipe(recipe), dense, checkpoint,
                                          std::move(homes), split, stored_formats(stored, group)),
-                 devices, threads};
+                 devices, threads, group};
            }),
            "config"_a, py::kw_only(), "recipe"_a, "dtype"_a, "checkpoint"_a, "devices"_a, "split"_a,
            "threads"_a, "stored"_a = std::map<std::string, std::string>{}, "group"_a = 128,
@@ -341,6 +365,7 @@ void register_model(py::module_& m) {
             return slots;
           })
       .def_property_readonly("bytes", [](const PyModel& self) { return self.model->bytes(); })
+      .def_readonly("group", &PyModel::group)
       .def(
           "put",
           [](PyModel& self, const std::string& fqn, const py::buffer& data,
@@ -351,13 +376,13 @@ void register_model(py::module_& m) {
           },
           "fqn"_a, "data"_a, "dtype"_a, "first"_a = 0)
       .def(
-          "put_packed",
-          [](PyModel& self, const std::string& fqn, const py::buffer& data, size_t at) {
-            Span span = memory_of(data, false);
-            py::gil_scoped_release release;
-            self.model->put_packed(fqn, span.data, span.bytes, at);
-          },
-          "fqn"_a, "data"_a, "at"_a = 0)
+          "read_packed",
+          [](PyModel& self, const std::string& fqn, int file, int64_t offset, size_t bytes,
+             size_t at) { return self.model->read_packed(fqn, file, offset, bytes, at); },
+          "fqn"_a, "file"_a, "offset"_a, "bytes"_a, "at"_a = 0,
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "accept", [](PyModel& self, const std::string& fqn) { self.model->accept(fqn); }, "fqn"_a)
       .def(
           "fill_random",
           [](PyModel& self, const std::string& fqn, uint64_t seed) {
@@ -581,6 +606,15 @@ PYBIND11_MODULE(_core, m) {
   m.def("cuda_read_bandwidth", &cuda_read_bandwidth, "device"_a,
         py::call_guard<py::gil_scoped_release>());
   m.def("isa", &cpu_isa);
+  m.def(
+      "crc32",
+      [](const py::buffer& data, uint32_t before) {
+        const Span span = memory_of(data, false);
+        py::gil_scoped_release release;
+        return crc32(before, span.data, span.bytes);
+      },
+      "data"_a, "before"_a = 0);
+  m.def("crc32_combine", &crc32_combine, "first"_a, "second"_a, "second_bytes"_a);
   m.def(
       "read_bandwidth",
       [](int threads, int megabytes, double seconds) {

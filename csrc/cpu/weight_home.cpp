@@ -47,8 +47,9 @@ class CpuWeightHome : public WeightHome {
         [&](int task) { pack_tiles(to, spec, base, source.dtype, tile + task, tile + task + 1); });
   }
 
-  void copy_packed(std::byte* to, const TensorSlot&, const std::byte* from, size_t bytes) override {
-    std::memcpy(to, from, bytes);
+  void copy_packed(std::byte* to, const TensorSlot&, const PackedSource& from,
+                   size_t bytes) override {
+    from(to, bytes);
   }
 
   void fill_random(std::byte* to, const TensorSlot& slot, uint64_t seed) override {

@@ -13,6 +13,10 @@ std::shared_ptr<WeightHome> make_cuda_weight_home(int, std::shared_ptr<WeightHom
   throw Device("this build has no CUDA backend; use device=\"cpu\"");
 }
 
+std::shared_ptr<WeightHome> make_cuda_packer(int, std::shared_ptr<WeightHome>) {
+  throw Device("this build has no CUDA backend; quantize on the CPU");
+}
+
 std::map<std::string, std::string> cuda_device_info(int) {
   throw Device("this build has no CUDA backend");
 }

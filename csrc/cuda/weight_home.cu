@@ -1,16 +1,18 @@
-// A GPU's memory as a home for weights. The host's home packs, so that both devices hold the same
-// codes and scales; a kernel then puts the codes where the kernels of this device expect them.
+// A GPU's memory as a home for weights. Both devices hold the same codes and scales: what is
+// quantized is packed here as a host packs it, the rest by the host's home. A kernel then puts the
+// codes where the kernels of this device expect them.
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <mutex>
-#include <optional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "cuda/lanes.h"
+#include "cuda/pack.h"
 #include "cuda/runtime.h"
 #include "cuda/tile.cuh"
 #include "engine/backend.h"
@@ -18,9 +20,6 @@
 namespace qwen_moe::cuda {
 namespace {
 
-// Bytes packed at a time. Two such buffers are pinned, so that the host packs the next chunk while
-// the last one travels; one is on the device.
-constexpr size_t kChunk = size_t{16} << 20;
 constexpr int kThreads = 256;
 
 // A tile as runs of 16 bytes: first the scales, then the codes.
@@ -151,6 +150,7 @@ __global__ void __launch_bounds__(kThreads) fill(uint4* to, RandomFill f) {
   }
 }
 
+// Tensors of several threads travel at once.
 class CudaWeightHome : public WeightHome {
  public:
   CudaWeightHome(int device, std::shared_ptr<WeightHome> host)
@@ -173,8 +173,6 @@ class CudaWeightHome : public WeightHome {
 
   void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
             int64_t first) override {
-    std::lock_guard lock(mutex_);
-    DeviceGuard guard(device_);
     if (slot.kind != TensorKind::matrix) {
       // Packing may transpose, so a part of a vector would not be a part of what is stored.
       require(first == 0 && source.shape.at(0) == slot.shape[0], slot.fqn, ": entries ", first,
@@ -185,41 +183,39 @@ class CudaWeightHome : public WeightHome {
       return upload(to, packed.data(), packed.size());
     }
     check_supported(slot);
-    if (slot.shape.size() == 3) return pack_experts(to, slot, source, first);
-    const WeightSpec& spec = slot.spec;
-    const int64_t end = first + source.shape.at(0);
-    require(first % kTile == 0 && (end % kTile == 0 || end == spec.n), slot.fqn, ": rows ", first,
-            " to ", end, " are not whole tiles of ", kTile);
-    pack_rows(to + static_cast<size_t>(first / kTile) * spec.tile_bytes(), slot,
-              static_cast<const std::byte*>(source.data), source.dtype, source.shape.at(0));
-    stream().synchronize();
+    pack_matrices(to, slot, source, first);
   }
 
-  void copy_packed(std::byte* to, const TensorSlot& slot, const std::byte* from,
+  void copy_packed(std::byte* to, const TensorSlot& slot, const PackedSource& from,
                    size_t bytes) override {
-    std::lock_guard lock(mutex_);
-    DeviceGuard guard(device_);
-    if (slot.kind != TensorKind::matrix) return upload(to, from, bytes);
+    if (slot.kind != TensorKind::matrix) {
+      std::vector<std::byte> packed(bytes);
+      from(packed.data(), bytes);
+      return upload(to, packed.data(), bytes);
+    }
     check_supported(slot);
+    DeviceGuard guard(device_);
+    Lanes::Loan lane(lanes_);
     const size_t tile_bytes = slot.spec.tile_bytes();
     const size_t step = kChunk / tile_bytes * tile_bytes;
     for (size_t at = 0; at < bytes; at += step) {
       const size_t take = std::min(step, bytes - at);
-      send(to + at, slot.spec, take / tile_bytes,
-           [&](std::byte* host) { std::memcpy(host, from + at, take); });
+      from((*lane).turn(), take);
+      (*lane).send((*lane).tiles.data(), take);
+      deliver(*lane, to + at, slot.spec, take / tile_bytes);
     }
-    stream().synchronize();
+    (*lane).stream.synchronize();
   }
 
   void fill_random(std::byte* to, const TensorSlot& slot, uint64_t seed) override {
-    std::lock_guard lock(mutex_);
-    DeviceGuard guard(device_);
     if (slot.kind != TensorKind::matrix) {
       std::vector<std::byte> packed(slot.bytes());
       host_->fill_random(packed.data(), slot, seed);
       return upload(to, packed.data(), packed.size());
     }
     check_supported(slot);
+    DeviceGuard guard(device_);
+    const Stream stream;
     const WeightSpec& spec = slot.spec;
     // The same deviations as on the host: unit-variance inputs give outputs of about unit variance.
     const float std =
@@ -233,24 +229,74 @@ class CudaWeightHome : public WeightHome {
       f.groups = spec.k / spec.group;
       f.scale = __half_as_ushort(__float2half_rn(std / (int4 ? 4.637f : 73.9f)));
       f.flip = int4;
-      fill<false><<<blocks, kThreads, 0, stream()>>>(out, f);
+      fill<false><<<blocks, kThreads, 0, stream>>>(out, f);
     } else {
       f.dense_step = std * 1.7320508f / 32768.0f;  // uniform over [-sqrt(3) std, sqrt(3) std)
-      fill<true><<<blocks, kThreads, 0, stream()>>>(out, f);
+      fill<true><<<blocks, kThreads, 0, stream>>>(out, f);
     }
     QWEN_MOE_CUDA(cudaGetLastError());
-    stream().synchronize();
+    stream.synchronize();
+  }
+
+  void settle() override {
+    DeviceGuard guard(device_);
+    lanes_.clear();
+  }
+
+ protected:
+  WeightHome& host() const { return *host_; }
+
+  // Packs whole experts, or rows from the first of a tile to the last of one.
+  void pack_matrices(std::byte* to, const TensorSlot& slot, const TensorView& source,
+                     int64_t first) {
+    DeviceGuard guard(device_);
+    Lanes::Loan loan(lanes_);
+    Lane& lane = *loan;
+    const WeightSpec& spec = slot.spec;
+    QWEN_MOE_CUDA(cudaMemsetAsync(lane.bad.data(), 0, sizeof(int), lane.stream));
+    if (slot.shape.size() == 3) {
+      pack_experts(lane, to, slot, source, first);
+    } else {
+      const int64_t end = first + source.shape.at(0);
+      require(first % kTile == 0 && (end % kTile == 0 || end == spec.n), slot.fqn, ": rows ", first,
+              " to ", end, " are not whole tiles of ", kTile);
+      pack_rows(lane, to + static_cast<size_t>(first / kTile) * spec.tile_bytes(), slot,
+                static_cast<const std::byte*>(source.data), source.dtype, source.shape.at(0));
+    }
+    int bad = 0;
+    QWEN_MOE_CUDA(
+        cudaMemcpyAsync(&bad, lane.bad.data(), sizeof(int), cudaMemcpyDeviceToHost, lane.stream));
+    lane.stream.synchronize();
+    if (bad) refuse(slot, source, first);
+  }
+
+  // Takes tiles in host order from the lane to where they stay.
+  virtual void deliver(Lane& lane, std::byte* to, const WeightSpec& spec, size_t tiles) {
+    const auto blocks = static_cast<unsigned>(tiles);
+    const auto* from = reinterpret_cast<const uint4*>(lane.tiles.data());
+    auto* out = reinterpret_cast<uint4*>(to);
+    auto launch = [&](auto* kernel) {
+      kernel<<<blocks, kThreads, 0, lane.stream>>>(out, from, runs_of(spec));
+      QWEN_MOE_CUDA(cudaGetLastError());
+    };
+    switch (spec.format) {
+      case WeightFormat::int4: return launch(&reorder<WeightFormat::int4>);
+      case WeightFormat::int8: return launch(&reorder<WeightFormat::int8>);
+      default: return launch(&reorder<WeightFormat::bf16>);
+    }
   }
 
  private:
-  // Made with the first tensor and reused by all; given back with the home.
-  struct Staging {
-    PinnedBuffer<std::byte> host[2]{PinnedBuffer<std::byte>(kChunk),
-                                    PinnedBuffer<std::byte>(kChunk)};
-    Event sent[2];
-    DeviceBuffer<std::byte> device{kChunk};
-    int next = 0;
-  };
+  // The host's packing of the same weights says what is wrong with them.
+  void refuse(const TensorSlot& slot, const TensorView& source, int64_t first) const {
+    TensorSlot piece = slot;
+    piece.shape[0] = source.shape.at(0);
+    (slot.shape.size() == 3 ? piece.spec.count : piece.spec.n) = static_cast<int>(piece.shape[0]);
+    if (first > 0) piece.fqn = concat(slot.fqn, ", from entry ", first);
+    std::vector<std::byte> packed(piece.bytes());
+    host_->pack(packed.data(), piece, source, 0);
+    throw Format(concat(piece.fqn, ": ", name(), " could not quantize its weights"));
+  }
 
   void check_supported(const TensorSlot& slot) const {
     const WeightSpec& spec = slot.spec;
@@ -270,24 +316,14 @@ class CudaWeightHome : public WeightHome {
                     " input features make a tile larger than ", kChunk, " bytes");
   }
 
-  Staging& staging() {
-    if (!staging_) staging_.emplace();
-    return *staging_;
-  }
-  Stream& stream() {
-    // Filling needs no staging memory, only the stream.
-    if (!stream_) stream_.emplace();
-    return *stream_;
-  }
-
-  void pack_experts(std::byte* to, const TensorSlot& slot, const TensorView& source,
+  void pack_experts(Lane& lane, std::byte* to, const TensorSlot& slot, const TensorView& source,
                     int64_t first) {
     const WeightSpec& spec = slot.spec;
     const size_t entry =
         static_cast<size_t>(spec.n) * static_cast<size_t>(spec.k) * dtype_size(source.dtype);
     const auto* from = static_cast<const std::byte*>(source.data);
     to += static_cast<size_t>(first) * spec.matrix_bytes();
-    const auto fit = static_cast<int64_t>(kChunk / spec.matrix_bytes());
+    const auto fit = static_cast<int64_t>(kChunk / room(spec, source.dtype, spec.n));
     for (int64_t i = 0, count = source.shape.at(0); i < count;) {
       const int64_t take = std::min(std::max<int64_t>(fit, 1), count - i);
       TensorSlot piece = slot;
@@ -295,75 +331,99 @@ class CudaWeightHome : public WeightHome {
       if (fit == 0) {  // one expert is larger than a chunk
         piece.shape = {spec.n, spec.k};
         piece.spec.count = 1;
-        pack_rows(to, piece, from, source.dtype, spec.n);
+        pack_rows(lane, to, piece, from, source.dtype, spec.n);
       } else {
         piece.shape[0] = piece.spec.count = static_cast<int>(take);
-        send(to, piece, {from, source.dtype, piece.shape});
+        pack_piece(lane, to, piece, {from, source.dtype, piece.shape});
       }
       i += take;
       to += static_cast<size_t>(take) * spec.matrix_bytes();
       from += static_cast<size_t>(take) * entry;
     }
-    stream().synchronize();
   }
 
   // Rows of one matrix, from the first of a tile.
-  void pack_rows(std::byte* to, const TensorSlot& slot, const std::byte* from, DType dtype,
-                 int64_t rows) {
+  void pack_rows(Lane& lane, std::byte* to, const TensorSlot& slot, const std::byte* from,
+                 DType dtype, int64_t rows) {
     const WeightSpec& spec = slot.spec;
-    const int64_t step = static_cast<int64_t>(kChunk / spec.tile_bytes()) * kTile;
+    const int64_t step = static_cast<int64_t>(kChunk / room(spec, dtype, kTile)) * kTile;
+    require<Format>(step > 0, slot.fqn, ": ", spec.k, " input features make 16 rows larger than ",
+                    kChunk, " bytes, which is as much as ", name(), " takes");
     for (int64_t row = 0; row < rows; row += step) {
       TensorSlot piece = slot;
       piece.shape[0] = piece.spec.n = static_cast<int>(std::min(step, rows - row));
       if (row > 0) piece.fqn = concat(slot.fqn, ", from row ", row, " of the piece");
       const size_t skip =
           static_cast<size_t>(row) * static_cast<size_t>(spec.k) * dtype_size(dtype);
-      send(to + static_cast<size_t>(row / kTile) * spec.tile_bytes(), piece,
-           {from + skip, dtype, piece.shape});
+      pack_piece(lane, to + static_cast<size_t>(row / kTile) * spec.tile_bytes(), piece,
+                 {from + skip, dtype, piece.shape});
     }
+  }
+
+  // Bytes of `rows` in the larger of the forms that they have on their way.
+  static size_t room(const WeightSpec& spec, DType dtype, int rows) {
+    const size_t packed = static_cast<size_t>((rows + kTile - 1) / kTile) * spec.tile_bytes();
+    if (!packs_on_device(spec, dtype)) return packed;
+    return std::max(packed,
+                    static_cast<size_t>(rows) * static_cast<size_t>(spec.k) * dtype_size(dtype));
   }
 
   // Packs a whole small tensor and starts it on its way.
-  void send(std::byte* to, const TensorSlot& piece, const TensorView& source) {
+  void pack_piece(Lane& lane, std::byte* to, const TensorSlot& piece, const TensorView& source) {
     const WeightSpec& spec = piece.spec;
-    send(to, spec, static_cast<size_t>(spec.tiles()) * static_cast<size_t>(spec.count),
-         [&](std::byte* host) { host_->pack(host, piece, source, 0); });
-  }
-
-  // Starts whole tiles on their way that `fill` writes in host order, at most kChunk bytes.
-  template <class Fill>
-  void send(std::byte* to, const WeightSpec& spec, size_t tiles, const Fill& fill) {
-    Staging& s = staging();
-    const int which = std::exchange(s.next, 1 - s.next);
-    s.sent[which].synchronize();  // its last contents have left
-    fill(s.host[which].data());
-    QWEN_MOE_CUDA(cudaMemcpyAsync(s.device.data(), s.host[which].data(), tiles * spec.tile_bytes(),
-                                  cudaMemcpyHostToDevice, stream()));
-    s.sent[which].record(stream());
-    const auto blocks = static_cast<unsigned>(tiles);
-    const auto* from = reinterpret_cast<const uint4*>(s.device.data());
-    auto* out = reinterpret_cast<uint4*>(to);
-    auto launch = [&](auto* kernel) {
-      kernel<<<blocks, kThreads, 0, stream()>>>(out, from, runs_of(spec));
-      QWEN_MOE_CUDA(cudaGetLastError());
-    };
-    switch (spec.format) {
-      case WeightFormat::int4: return launch(&reorder<WeightFormat::int4>);
-      case WeightFormat::int8: return launch(&reorder<WeightFormat::int8>);
-      default: return launch(&reorder<WeightFormat::bf16>);
+    if (packs_on_device(spec, source.dtype)) {
+      if (lane.rows.size() == 0) lane.rows = DeviceBuffer<std::byte>(kChunk);
+      std::memcpy(lane.turn(), source.data, source.bytes());
+      lane.send(lane.rows.data(), source.bytes());
+      pack_on_device(lane.tiles.data(), spec, lane.rows.data(), source.dtype, lane.bad.data(),
+                     lane.stream);
+    } else {
+      host_->pack(lane.turn(), piece, source, 0);
+      lane.send(lane.tiles.data(), spec.bytes());
     }
+    deliver(lane, to, spec, static_cast<size_t>(spec.tiles()) * static_cast<size_t>(spec.count));
   }
 
   void upload(std::byte* to, const std::byte* from, size_t bytes) {
-    QWEN_MOE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream()));
-    stream().synchronize();
+    DeviceGuard guard(device_);
+    Lanes::Loan lane(lanes_);
+    QWEN_MOE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, (*lane).stream));
+    (*lane).stream.synchronize();
   }
 
   int device_;
   std::shared_ptr<WeightHome> host_;
-  std::mutex mutex_;  // two engines may load at once
-  std::optional<Stream> stream_;
-  std::optional<Staging> staging_;
+  Lanes lanes_;
+};
+
+// The host's home, which lets a GPU quantize.
+class CudaPacker : public CudaWeightHome {
+ public:
+  using CudaWeightHome::CudaWeightHome;
+
+  std::string name() const override { return host().name(); }
+  std::shared_ptr<std::byte> allocate(size_t bytes) override { return host().allocate(bytes); }
+
+  void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
+            int64_t first) override {
+    if (slot.kind == TensorKind::matrix && packs_on_device(slot.spec, source.dtype))
+      pack_matrices(to, slot, source, first);
+    else
+      host().pack(to, slot, source, first);
+  }
+  void copy_packed(std::byte* to, const TensorSlot& slot, const PackedSource& from,
+                   size_t bytes) override {
+    host().copy_packed(to, slot, from, bytes);
+  }
+  void fill_random(std::byte* to, const TensorSlot& slot, uint64_t seed) override {
+    host().fill_random(to, slot, seed);
+  }
+
+ private:
+  void deliver(Lane& lane, std::byte* to, const WeightSpec& spec, size_t tiles) override {
+    QWEN_MOE_CUDA(cudaMemcpyAsync(to, lane.tiles.data(), tiles * spec.tile_bytes(),
+                                  cudaMemcpyDeviceToHost, lane.stream));
+  }
 };
 
 }  // namespace
@@ -373,6 +433,10 @@ namespace qwen_moe {
 
 std::shared_ptr<WeightHome> make_cuda_weight_home(int device, std::shared_ptr<WeightHome> host) {
   return std::make_shared<cuda::CudaWeightHome>(device, std::move(host));
+}
+
+std::shared_ptr<WeightHome> make_cuda_packer(int device, std::shared_ptr<WeightHome> host) {
+  return std::make_shared<cuda::CudaPacker>(device, std::move(host));
 }
 
 }  // namespace qwen_moe

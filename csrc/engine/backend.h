@@ -113,8 +113,10 @@ double cpu_read_bandwidth(int threads, size_t bytes, double seconds);
 // Linked from cuda/, or from cuda/absent.cpp, which answers false and throws Device.
 bool cuda_available();
 std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options);
-// `host` packs; its bytes are reordered on the device.
+// `host` packs what the device does not quantize; its bytes are reordered there.
 std::shared_ptr<WeightHome> make_cuda_weight_home(int device, std::shared_ptr<WeightHome> host);
+// `host` itself, but that the device quantizes for it: the same bytes.
+std::shared_ptr<WeightHome> make_cuda_packer(int device, std::shared_ptr<WeightHome> host);
 // Facts for reports, by name: "name" of the GPU and whatever else tells two machines apart.
 std::map<std::string, std::string> cuda_device_info(int device);
 double cuda_read_bandwidth(int device);  // bytes per second of a plain read of its memory

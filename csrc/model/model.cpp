@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "model/packed_file.h"
+
 namespace qwen_moe {
 
 Model::Model(ModelConfig config, Recipe recipe, DType dtype, std::string checkpoint,
@@ -76,13 +78,28 @@ void Model::put(const std::string& fqn, const void* data, size_t bytes, DType dt
   }
 }
 
-void Model::put_packed(const std::string& fqn, const void* data, size_t bytes, size_t at) {
+uint32_t Model::read_packed(const std::string& fqn, int file, int64_t offset, size_t bytes,
+                            size_t at) {
   entry(fqn);
+  uint32_t sum = 0;
+  const StoredTensor* last = nullptr;  // shards of one device share a tensor
   auto [begin, end] = index_.equal_range(fqn);
   for (auto it = begin; it != end; ++it) {
     const Entry& e = entries_[it->second];
-    e.tensor->put_packed(*homes_[static_cast<size_t>(e.shard)], data, bytes, at);
+    if (e.tensor.get() == std::exchange(last, e.tensor.get())) continue;
+    PackedFile source(file, offset);
+    e.tensor->put_packed(
+        *homes_[static_cast<size_t>(e.shard)],
+        [&](std::byte* to, size_t count) { source.read(to, count); }, bytes, at);
+    sum = source.crc32();
   }
+  return sum;
+}
+
+void Model::accept(const std::string& fqn) {
+  entry(fqn);
+  auto [begin, end] = index_.equal_range(fqn);
+  for (auto it = begin; it != end; ++it) entries_[it->second].tensor->accept();
 }
 
 void Model::fill_random(const std::string& fqn, uint64_t seed) {
@@ -98,6 +115,7 @@ void Model::finish() const {
   for (const Entry& e : entries_)
     require<Format>(e.tensor->complete(), "tensor ", e.tensor->slot().describe(),
                     " was not loaded completely");
+  for (const auto& home : homes_) home->settle();
 }
 
 ShardWeights Model::shard(int index) const {

@@ -33,8 +33,10 @@ class Model {
   size_t bytes() const;
 
   void put(const std::string& fqn, const void* data, size_t bytes, DType dtype, int64_t first);
-  // Bytes [at, at + bytes) of the tensor as a host packs it.
-  void put_packed(const std::string& fqn, const void* data, size_t bytes, size_t at);
+  // Bytes [at, at + bytes) of the tensor as a host packs it, which lie in a file at `offset`; gives
+  // their CRC-32. Several threads may read at once. A tensor is complete once `accept` was called.
+  uint32_t read_packed(const std::string& fqn, int file, int64_t offset, size_t bytes, size_t at);
+  void accept(const std::string& fqn);
   void fill_random(const std::string& fqn, uint64_t seed);
   void finish() const;  // Format naming the first incomplete tensor
 

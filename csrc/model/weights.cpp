@@ -141,20 +141,23 @@ StoredTensor::StoredTensor(TensorSlot slot, std::shared_ptr<std::byte> data)
 
 bool StoredTensor::complete() const {
   std::lock_guard lock(mutex_);
-  return missing_ == 0;
+  return missing_ == 0 && !unchecked_;
 }
 
 void StoredTensor::put(WeightHome& home, const TensorView& source, int64_t first) {
   int64_t entries = source.shape.at(0);
   require(first >= 0 && first + entries <= slot_.shape[0], slot_.fqn, ": entries ", first, " to ",
           first + entries, " of a leading dimension of ", slot_.shape[0]);
-  std::lock_guard lock(mutex_);
-  if (!any_absent(first, first + entries)) return;
+  {
+    std::lock_guard lock(mutex_);
+    if (!any_absent(first, first + entries)) return;
+  }
   home.pack(data_.get(), slot_, source, first);
+  std::lock_guard lock(mutex_);
   mark(first, first + entries);
 }
 
-void StoredTensor::put_packed(WeightHome& home, const void* data, size_t bytes, size_t at) {
+void StoredTensor::put_packed(WeightHome& home, const PackedSource& from, size_t bytes, size_t at) {
   const TensorSlot::Unit unit = slot_.unit();
   require<Format>(at % unit.bytes == 0 && bytes % unit.bytes == 0 && bytes > 0 &&
                       at <= slot_.bytes() && bytes <= slot_.bytes() - at,
@@ -163,10 +166,19 @@ void StoredTensor::put_packed(WeightHome& home, const void* data, size_t bytes, 
   const int64_t first = static_cast<int64_t>(at / unit.bytes) * unit.entries;
   const int64_t end =
       std::min(first + static_cast<int64_t>(bytes / unit.bytes) * unit.entries, slot_.shape[0]);
+  {
+    std::lock_guard lock(mutex_);
+    require(missing_ > 0 || unchecked_, slot_.describe(), " is complete and in use");
+    unchecked_ = true;
+  }
+  home.copy_packed(data_.get() + at, slot_, from, bytes);
   std::lock_guard lock(mutex_);
-  if (!any_absent(first, end)) return;
-  home.copy_packed(data_.get() + at, slot_, static_cast<const std::byte*>(data), bytes);
   mark(first, end);
+}
+
+void StoredTensor::accept() {
+  std::lock_guard lock(mutex_);
+  unchecked_ = false;
 }
 
 bool StoredTensor::any_absent(int64_t first, int64_t end) const {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -62,19 +63,26 @@ struct StoredFormats {
 std::vector<TensorSlot> plan_tensors(const ModelConfig& config, Recipe recipe, DType dense,
                                      const StoredFormats& stored = {});
 
+// Writes the next `bytes` of a packed tensor to `to`.
+using PackedSource = std::function<void(std::byte* to, size_t bytes)>;
+
 // A device's memory and its packer. Implemented once per kind of device.
 class WeightHome {
  public:
   virtual ~WeightHome() = default;
   virtual std::string name() const = 0;
   virtual std::shared_ptr<std::byte> allocate(size_t bytes) = 0;
-  // Packs entries [first, first + source.shape[0]) of the leading dimension.
+  // Packs entries [first, first + source.shape[0]) of the leading dimension. Several threads may
+  // call it at once.
   virtual void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
                     int64_t first) = 0;
-  // Takes whole units of a tensor that a host's home packed; `to` is where the first belongs.
-  virtual void copy_packed(std::byte* to, const TensorSlot& slot, const std::byte* from,
+  // Takes whole units of a tensor as a host's home packs them; `to` is where the first belongs.
+  // Several threads may call it at once.
+  virtual void copy_packed(std::byte* to, const TensorSlot& slot, const PackedSource& from,
                            size_t bytes) = 0;
   virtual void fill_random(std::byte* to, const TensorSlot& slot, uint64_t seed) = 0;
+  // Loading is over: memory that only packing and copying need goes back.
+  virtual void settle() {}
 };
 
 // One resident tensor. Immutable once complete.
@@ -87,10 +95,13 @@ class StoredTensor {
   const float* floats() const { return reinterpret_cast<const float*>(data_.get()); }
   bool complete() const;
 
-  // Entries that are already there are skipped, so that two engines may load at once.
+  // Pieces whose entries are all there are skipped. Several threads may put several parts at once.
   void put(WeightHome& home, const TensorView& source, int64_t first);
-  // Bytes [at, at + bytes) of the packed tensor in host order, whole units.
-  void put_packed(WeightHome& home, const void* data, size_t bytes, size_t at);
+  // Bytes [at, at + bytes) of the packed tensor in host order, whole units. Several threads may put
+  // several parts of one tensor at once. It is complete only after `accept`, so that bytes with a
+  // wrong checksum are shared with nobody.
+  void put_packed(WeightHome& home, const PackedSource& from, size_t bytes, size_t at);
+  void accept();
   void fill_random(WeightHome& home, uint64_t seed);
 
  private:
@@ -102,6 +113,7 @@ class StoredTensor {
   mutable std::mutex mutex_;
   std::vector<bool> filled_;  // [shape[0]]
   int64_t missing_ = 0;
+  bool unchecked_ = false;  // packed bytes came that nobody has accepted yet
 };
 
 class WeightStore {

@@ -128,6 +128,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint directory or GGUF file; default: the one in the package",
     )
     group.add_argument("--quantize", choices=("none", "int8", "int4", "int4-all"), default="none")
+    group.add_argument(
+        "--group", type=int, metavar="N", help="input features per scale: 32 (CPU), 64 or 128"
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--threads", type=int, metavar="N", help="default: all CPUs")
     group.add_argument("--max-context", type=int, metavar="N", help="tokens of a session")
@@ -159,6 +162,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
         args.model,
         device=args.device,
         quantize=None if args.quantize == "none" else args.quantize,
+        group=args.group,
         threads=args.threads,
         max_context=args.max_context,
     )

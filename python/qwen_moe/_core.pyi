@@ -22,6 +22,12 @@ def cuda_read_bandwidth(device: int) -> float:
 def isa() -> str:
     """The instruction set that the CPU kernels use: portable, avx2 or avx512."""
 
+def crc32(data: Buffer, before: int = 0) -> int:
+    """As `zlib.crc32`, faster."""
+
+def crc32_combine(first: int, second: int, second_bytes: int) -> int:
+    """CRC-32 of two runs of bytes one after the other, from those of both."""
+
 def read_bandwidth(threads: int, megabytes: int = 512, seconds: float = 0.3) -> float:
     """Bytes per second of a plain read of memory by `threads` threads: the ceiling of decode."""
 
@@ -150,14 +156,22 @@ def state_buffers(config: ModelConfig, kv_dtype: str) -> list[tuple[str, str, li
     is then that of one token)."""
 
 @final
-class PackedTensor:
-    """One tensor packed as a CPU holds it, for a file. As a buffer it gives its bytes; BufferError
-    while entries are missing."""
+class Packer:
+    """Packs tensors as a CPU holds them; a GPU quantizes for it, with the same bits."""
 
-    def __init__(self, slot: TensorSlot, *, threads: int) -> None: ...
+    def __init__(self, *, threads: int, device: str = "cpu") -> None: ...
+
+@final
+class PackedTensor:
+    """One tensor packed for a file. As a buffer it gives its bytes; BufferError while entries are
+    missing. Several threads may put entries at once."""
+
+    def __init__(self, slot: TensorSlot, packer: Packer) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def put(self, data: Buffer, dtype: str, first: int = 0) -> None:
         """As `Model.put`."""
+    def fill_random(self, seed: int) -> None:
+        """As `Model.fill_random`."""
 
 @final
 class Model:
@@ -189,13 +203,19 @@ class Model:
     def slots(self) -> list[TensorSlot]: ...
     @property
     def bytes(self) -> int: ...
+    @property
+    def group(self) -> int: ...
     def put(self, fqn: str, data: Buffer, dtype: str, first: int = 0) -> None:
         """Packs rows of one tensor. `data` is contiguous, of `dtype`, and holds whole entries of
         the leading dimension starting at `first` (for experts: expert `first`, first + 1, ...).
         Of dtype "coded" every weight is an int16 code and the f16 scale of its group; a quantized
         tensor then keeps both as they are."""
-    def put_packed(self, fqn: str, data: Buffer, at: int = 0) -> None:
-        """Bytes of `PackedTensor` from byte `at`, whole units; a GPU puts them in its own order."""
+    def read_packed(self, fqn: str, file: int, offset: int, bytes: int, at: int = 0) -> int:
+        """Read whole units of a tensor, from its byte `at`, as `PackedTensor` gives them; a GPU
+        puts them in its own order. They lie at `offset` of an open file. Gives their CRC-32.
+        Several threads may read, one tensor too; it is complete after `accept`."""
+    def accept(self, fqn: str) -> None:
+        """What was read of a tensor is right."""
     def fill_random(self, fqn: str, seed: int) -> None: ...
     def finish(self) -> None:
         """Every tensor is complete, or FormatError naming the first that is not."""

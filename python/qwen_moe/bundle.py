@@ -10,14 +10,13 @@ session (name, dtype, shape, kind).
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from qwen_moe import _core
 from qwen_moe.config import load_json
@@ -27,8 +26,7 @@ from qwen_moe.shards import read_header
 MANIFEST = "qwen_moe_bundle.json"
 FORMAT = "qwen_moe.bundle"
 VERSION = 1
-PIECE_BYTES = 8 << 20
-READERS = 8  # more threads do not make a disk faster
+PIECE_BYTES = 16 << 20
 
 T = TypeVar("T")
 
@@ -137,7 +135,7 @@ class Bundle:
             if 0 < tensor.group < least:
                 raise InvalidArgument(
                     f"{tensor.describe()}: a GPU takes groups of at least {least}; open the bundle "
-                    'with device="cpu", or the checkpoint that it was made from'
+                    'with device="cpu", or write it again with a larger --group'
                 )
 
     def stored(self) -> dict[str, str]:
@@ -173,21 +171,75 @@ class Bundle:
     def put(
         self, model: _core.Model, slots: Iterable[_core.TensorSlot], threads: int
     ) -> Iterator[int]:
-        """Copy tensors into the model, several at a time; yields the bytes of each that is done.
+        """Copy tensors into the model; yields the bytes of each piece that is done.
+
+        Pieces are read and checked by all threads at once, those of one tensor too.
 
         Raises:
             FormatError: A file cannot be read, or a checksum differs.
         """
-        with ThreadPoolExecutor(min(threads, READERS)) as readers:
-            tasks = [
-                readers.submit(_put, model, self.tensors[slot.fqn], slot.unit_bytes)
-                for slot in slots
-            ]
-            try:
-                for task in as_completed(tasks):
-                    yield task.result()
-            finally:
-                readers.shutdown(wait=True, cancel_futures=True)
+        with contextlib.ExitStack() as stack:
+            files: dict[Path, BinaryIO] = {}
+            pieces: list[_Piece] = []
+            for slot in slots:
+                tensor = self.tensors[slot.fqn]
+                if tensor.file not in files:
+                    try:
+                        opened = stack.enter_context(tensor.file.open("rb", buffering=0))
+                    except OSError as error:
+                        raise FormatError(f"{tensor.describe()}: {error}") from error
+                    files[tensor.file] = opened
+                step = max(1, PIECE_BYTES // slot.unit_bytes) * slot.unit_bytes
+                for at in range(0, tensor.bytes, step):
+                    file = files[tensor.file].fileno()
+                    pieces.append(_Piece(tensor, file, at, min(step, tensor.bytes - at)))
+            readers = stack.enter_context(ThreadPoolExecutor(threads))
+            stack.callback(readers.shutdown, wait=True, cancel_futures=True)
+            tasks = {readers.submit(_read, model, piece): piece for piece in pieces}
+            sums: dict[str, dict[int, tuple[int, int]]] = {}
+            for task in as_completed(tasks):
+                piece = tasks.pop(task)
+                tensor = piece.tensor
+                of_tensor = sums.setdefault(tensor.fqn, {})
+                of_tensor[piece.at] = (task.result(), piece.bytes)
+                if sum(size for _, size in of_tensor.values()) == tensor.bytes:
+                    _check_sum(tensor, [of_tensor[at] for at in sorted(of_tensor)])
+                    model.accept(tensor.fqn)
+                    del sums[tensor.fqn]
+                yield piece.bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """Bytes [at, at + bytes) of a tensor, whole units, and the open file that they are in."""
+
+    tensor: PackedFile
+    file: int
+    at: int
+    bytes: int
+
+
+def _read(model: _core.Model, piece: _Piece) -> int:
+    """Read one piece into its place; gives its checksum."""
+    tensor = piece.tensor
+    try:
+        return model.read_packed(
+            tensor.fqn, piece.file, tensor.offset + piece.at, piece.bytes, piece.at
+        )
+    except FormatError as error:
+        raise FormatError(f"{tensor.describe()}: {error}") from error
+
+
+def _check_sum(tensor: PackedFile, pieces: Iterable[tuple[int, int]]) -> None:
+    """The checksums of all pieces, with their sizes, make up that of the tensor."""
+    crc = 0
+    for each, size in pieces:
+        crc = _core.crc32_combine(crc, each, size)
+    if crc != tensor.crc32:
+        raise FormatError(
+            f"{tensor.describe()}: it is damaged: its checksum is {crc:08x}, "
+            f"{MANIFEST} says {tensor.crc32:08x}"
+        )
 
 
 def declared_state(config: _core.ModelConfig) -> list[dict[str, Any]]:
@@ -196,37 +248,6 @@ def declared_state(config: _core.ModelConfig) -> list[dict[str, Any]]:
         {"name": name, "dtype": dtype, "shape": shape, "kind": kind}
         for name, dtype, shape, kind in _core.state_buffers(config, "bfloat16")
     ]
-
-
-def _put(model: _core.Model, tensor: PackedFile, unit: int) -> int:
-    """Read, check and put one tensor; a damaged one stays incomplete, so that nobody shares it."""
-    step = max(1, PIECE_BYTES // unit) * unit
-    buffer = memoryview(bytearray(min(step, tensor.bytes)))
-    crc = 0
-    try:
-        with tensor.file.open("rb", buffering=0) as file:
-            for at in range(0, tensor.bytes, step):
-                piece = buffer[: min(step, tensor.bytes - at)]
-                _read(file.fileno(), piece, tensor.offset + at, tensor)
-                crc = zlib.crc32(piece, crc)
-                if at + step >= tensor.bytes and crc != tensor.crc32:
-                    raise FormatError(
-                        f"{tensor.describe()}: it is damaged: its checksum is {crc:08x}, "
-                        f"{MANIFEST} says {tensor.crc32:08x}"
-                    )
-                model.put_packed(tensor.fqn, piece, at)
-    except OSError as error:
-        raise FormatError(f"{tensor.describe()}: {error}") from error
-    return tensor.bytes
-
-
-def _read(file: int, into: memoryview, offset: int, tensor: PackedFile) -> None:
-    done = 0
-    while done < len(into):
-        got = os.preadv(file, [into[done:]], offset + done)
-        if got == 0:
-            raise FormatError(f"{tensor.describe()}: the file ends within it")
-        done += got
 
 
 def _tensors(path: Path, listed: dict[str, Any]) -> Iterator[tuple[str, PackedFile]]:

@@ -14,7 +14,13 @@ from typing import Any
 
 from qwen_moe import _core
 from qwen_moe.bundle import MANIFEST, Bundle
-from qwen_moe.config import load_json, parse_config, quantization_config, text_config
+from qwen_moe.config import (
+    ARCHITECTURES,
+    load_json,
+    parse_config,
+    quantization_config,
+    text_config,
+)
 from qwen_moe.errors import FormatError, InvalidArgument
 from qwen_moe.formats import METHODS, gguf, gguf_model, gguf_tokenizer, quant_method
 from qwen_moe.shards import StoredTensor, read_header
@@ -39,6 +45,7 @@ class Checkpoint:
         path: The directory, or the file.
         folder: The directory.
         config: The model's dimensions.
+        raw_config: config.json, or what it would be beside a GGUF file.
         dtype: Of the large matrices: bfloat16, float16 or float32.
         quantization: How the checkpoint is quantized: fp8, gptq, gguf, ...; None when it is not.
         bundle: What the directory holds packed already; None when it is a checkpoint.
@@ -83,7 +90,7 @@ class Checkpoint:
 
     def _open_directory(self) -> None:
         file = self.path / "config.json"
-        raw = load_json(file)
+        self.raw_config = raw = load_json(file)
         self.config = parse_config(raw, str(file))
         settings = quantization_config(raw)
         self.quantization = quant_method(settings, str(file))
@@ -104,10 +111,12 @@ class Checkpoint:
 
     def _open_gguf(self, file: Path) -> None:
         self._metadata, places, files = gguf.read(file)
-        self.config = gguf_model.config(self._metadata, places, str(file))
+        raw = gguf_model.raw_config(self._metadata, places, str(file))
+        self.config = parse_config(raw, str(file))
         self.quantization = "gguf"
         embedding = places["token_embd.weight"].stored
         self.dtype = embedding.dtype if embedding.dtype in DTYPE_BYTES else "bfloat16"
+        self.raw_config = {**raw, "architectures": [ARCHITECTURES[0]], "dtype": self.dtype}
         if self.dummy:
             return
         self._shards = files
@@ -125,7 +134,7 @@ class Checkpoint:
             FormatError: There is none, or it is broken.
         """
         beside = (self.folder / "tokenizer.json").is_file()
-        if self._gguf is None or (beside and "tokenizer.ggml.tokens" not in self._metadata):
+        if self._gguf is None or (beside and not self.holds_tokenizer):
             return Tokenizer(self.folder)
         try:
             return gguf_tokenizer.read(self._metadata, self._gguf)
@@ -133,6 +142,11 @@ class Checkpoint:
             if beside:
                 return Tokenizer(self.folder)
             raise
+
+    @property
+    def holds_tokenizer(self) -> bool:
+        """It is a GGUF file with a tokenizer in it."""
+        return "tokenizer.ggml.tokens" in self._metadata
 
     def recipe(self, quantize: str | None = None) -> str:
         """The recipe that `quantize` means: a bundle's own where it is None, else "none".

@@ -56,6 +56,7 @@ class Engine:
         config: The model's dimensions, under the names of config.json.
         devices: Where the layers are, in order.
         quantize: None, "int8", "int4" or "int4-all".
+        group: The most input features that share a scale, where a matrix is quantized.
         kv_dtype: "bfloat16" or "float32": how keys and values of attention are kept.
         max_context: Tokens that one session holds at most.
         eos_token_ids: Ids that end a reply.
@@ -69,6 +70,7 @@ class Engine:
         devices: Sequence[str] | None = None,
         split: Sequence[int] | None = None,
         quantize: str | None = None,
+        group: int | None = None,
         max_sessions: int = 8,
         max_context: int | None = None,
         load_format: str = "auto",
@@ -91,6 +93,9 @@ class Engine:
             quantize: Pack weights that are not int4 or int8 already: "int8", "int4" (large
                 matrices int4, the small ones that every token passes int8), "int4-all", or None to
                 keep the checkpoint's. A bundle has one recipe: None or that.
+            group: Input features that share a scale in quantized matrices: 64, 128, or on CPUs 32.
+                Codes that the checkpoint has in smaller groups are then packed again. None keeps
+                all codes that the device takes, and packs the rest in the same groups, or 128.
             max_sessions: Sessions that may be open at once.
             max_context: Tokens that one session holds at most. None takes 4096, or what the model
                 allows when that is less.
@@ -150,8 +155,10 @@ class Engine:
             devices=self.devices,
             split=resolve_split(split, len(self.devices), self.config.num_hidden_layers),
             threads=threads or len(os.sched_getaffinity(0)),
+            group=group,
             progress=progress,
         )
+        self.group = model.group
         self._core: _core.Engine | None = _core.Engine(
             model,
             max_sessions=max_sessions,

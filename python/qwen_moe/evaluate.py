@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from qwen_moe import info
+from qwen_moe.bundle import MANIFEST
 from qwen_moe.checkpoint import Checkpoint
 from qwen_moe.engine import EMBEDDED, Engine
 from qwen_moe.errors import InvalidArgument
@@ -130,14 +131,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipes",
         nargs="+",
         choices=info.RECIPES,
-        default=list(info.RECIPES[1:]),
-        help="default: all that quantize",
+        help="default: all that quantize; of a bundle, and with --reference, PATH as it is",
+    )
+    parser.add_argument(
+        "--group", type=int, metavar="N", help="input features per scale: 32 (CPU), 64 or 128"
     )
     parser.add_argument(
         "--reference",
         type=Path,
         metavar="PATH",
-        help="the unquantized checkpoint of the same model, where PATH is quantized already",
+        help="the unquantized checkpoint of the same model, where PATH is quantized already; "
+        "without one a bundle has a perplexity only",
     )
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="of the text at most")
     parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a window")
@@ -154,6 +158,17 @@ def run(args: argparse.Namespace) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"{args.text}: {error}") from error
     unquantized = args.path if args.reference is None else args.reference
+    packed = (args.path / MANIFEST).is_file()
+    alone = packed and args.reference is None
+    recipes = args.recipes
+    if recipes is None:
+        recipes = [] if alone else ["none"] if args.reference else list(info.RECIPES[1:])
+    elif alone:
+        raise InvalidArgument(
+            f"--recipes {' '.join(recipes)}: {args.path} is packed already; leave --recipes out "
+            "for its perplexity, or compare it with the checkpoint that it was made from by "
+            "--reference PATH"
+        )
 
     def opened(path: Path, recipe: str | None) -> Engine:
         return Engine(
@@ -161,6 +176,7 @@ def run(args: argparse.Namespace) -> None:
             device=args.device,
             threads=args.threads,
             quantize=recipe,
+            group=args.group if recipe is not None else None,
             max_sessions=1,
             max_context=args.context,
         )
@@ -170,16 +186,24 @@ def run(args: argparse.Namespace) -> None:
         lambda: opened(unquantized, None),
         lambda recipe: opened(args.path, recipe),
         ids,
-        args.recipes,
+        recipes,
         context=args.context,
     )
     print(f"{args.path}, {len(ids)} tokens of {args.text} in windows of {args.context}\n")
     print("| recipe | weights | perplexity | KL per token | same top-1 |")
     print("|---|---|---|---|---|")
+    as_it_is = Checkpoint(args.path).recipe() if packed else "none"
     for number, loss in enumerate(losses):
         name = loss.recipe if number else "reference"
+        if name == "none" or alone:
+            name = as_it_is
+        distance = "- | -" if alone else f"{loss.kl:.2g} | {100 * loss.same_top:.1f} %"
         print(
-            f"| {name} | {info.size(loss.weight_bytes)} | {loss.perplexity:.3f} | {loss.kl:.2g} "
-            f"| {100 * loss.same_top:.1f} % |",
+            f"| {name} | {info.size(loss.weight_bytes)} | {loss.perplexity:.3f} | {distance} |",
             flush=True,
+        )
+    if alone:
+        print(
+            "\nA bundle alone has nothing to be compared with: --reference PATH names the "
+            "checkpoint that it was made from."
         )

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +28,8 @@ from qwen_moe.weights import Weight, entry_bytes
 PIECE_BYTES = 8 << 20
 ROW_STEP = 64  # matrices are cut at multiples of this many rows
 
+_turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
 
 def load(
     checkpoint: Checkpoint,
@@ -32,6 +38,7 @@ def load(
     devices: Sequence[str],
     split: Sequence[int],
     threads: int,
+    group: int | None = None,
     progress: bool | None = None,
 ) -> _core.Model:
     """Read, pack and place the weights; tensors that the process already holds are not read again.
@@ -42,12 +49,27 @@ def load(
         devices: Where contiguous spans of layers go, in order.
         split: The first layer of every device but the first.
         threads: CPU threads that pack.
+        group: Input features that share a scale; see `plan`.
         progress: Show a progress bar on stderr; None shows it on a terminal.
 
     Raises:
         FormatError: A tensor is missing or broken; nothing was allocated yet when its header is.
     """
-    found = plan(checkpoint, recipe, devices)
+    # Engines that open one checkpoint at once would fill the same tensors.
+    with _turns[checkpoint.identity]:
+        return _load(checkpoint, recipe, devices, split, threads, group, progress)
+
+
+def _load(
+    checkpoint: Checkpoint,
+    recipe: str,
+    devices: Sequence[str],
+    split: Sequence[int],
+    threads: int,
+    group: int | None,
+    progress: bool | None,
+) -> _core.Model:
+    found = plan(checkpoint, recipe, devices, group)
     sources, stored = found.sources, found.stored
     if checkpoint.bundle is None:
         report(checkpoint, found)
@@ -55,7 +77,7 @@ def load(
         config=checkpoint.config,
         recipe=recipe,
         dtype=checkpoint.dtype,
-        checkpoint=checkpoint.identity,
+        checkpoint=f"{checkpoint.identity} {found.group}",
         devices=devices,
         split=split,
         threads=threads,
@@ -75,7 +97,7 @@ def load(
         elif checkpoint.dummy:
             steps = _fill_random(model, needed)
         else:
-            steps = _pack(model, needed, sources, stored)
+            steps = _pack(model, needed, sources, stored, readers(devices, threads))
         for count in steps:
             bar.update(count)
     model.finish()
@@ -85,7 +107,7 @@ def load(
 def _fill_random(model: _core.Model, needed: Mapping[str, _core.TensorSlot]) -> Iterator[int]:
     """Yields the bytes of every tensor that is done."""
     for fqn, slot in needed.items():
-        model.fill_random(fqn, _seed(fqn))
+        model.fill_random(fqn, seed(fqn))
         yield slot.bytes
 
 
@@ -94,34 +116,80 @@ def _pack(
     needed: Mapping[str, _core.TensorSlot],
     sources: Mapping[str, Weight],
     stored: Mapping[str, str],
+    workers: int,
 ) -> Iterator[int]:
     """Yields the bytes of every piece that is done."""
-    with Shards() as shards:
-        for fqn, slot in needed.items():
-            weight, coded = sources[fqn], fqn in stored
-            for piece in pieces(shards, slot, weight, coded):
-                first, data = piece
-                dtype = "coded" if coded else dtype_name(data)
-                try:
-                    model.put(fqn, data.view(torch.uint8).numpy().data, dtype, first)
-                except FormatError as error:
-                    raise FormatError(f"{weight.file}: {error}") from error
-                yield data.nbytes
-                del piece, data  # the shard stays mapped while a tensor refers to it
+    todo = [
+        piece
+        for fqn, slot in needed.items()
+        for piece in pieces(slot, sources[fqn], coded=fqn in stored)
+    ]
+
+    def put(data: memoryview, dtype: str, piece: Piece) -> None:
+        model.put(piece.slot.fqn, data, dtype, piece.begin)
+
+    return put_pieces(todo, put, workers)
 
 
-def pieces(
-    shards: Shards, slot: _core.TensorSlot, weight: Weight, coded: bool
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first entry, contiguous tensor of whole entries), in order."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Entries [begin, end) of a tensor's leading dimension, and the weight that has them."""
+
+    slot: _core.TensorSlot
+    weight: Weight
+    coded: bool
+    begin: int
+    end: int
+
+
+def pieces(slot: _core.TensorSlot, weight: Weight, *, coded: bool) -> Iterator[Piece]:
+    """What a tensor is read in, in order."""
     entries = slot.shape[0]
     step = max(1, PIECE_BYTES // max(1, entry_bytes(weight, coded=coded)))
     if len(slot.shape) == 2 and step < entries:
         step = max(ROW_STEP, step // ROW_STEP * ROW_STEP)
-    read = weight.read_coded if coded else weight.read
     for begin in range(0, entries, step):
-        end = min(begin + step, entries)
-        yield begin, read(shards, begin, end)
+        yield Piece(slot, weight, coded, begin, min(begin + step, entries))
+
+
+def readers(devices: Sequence[str], threads: int) -> int:
+    """How many threads read pieces: on a CPU packing one takes all threads itself."""
+    return min(threads, 8) if set(devices) == {"cpu"} else threads
+
+
+def put_pieces(
+    todo: Iterable[Piece], put: Callable[[memoryview, str, Piece], None], workers: int
+) -> Iterator[int]:
+    """Read pieces and hand them to `put`, several at a time; yields the bytes of each that is done.
+
+    Raises:
+        FormatError: A file cannot be read, or a tensor in it is broken.
+    """
+    local = threading.local()
+    opened: list[Shards] = []
+
+    def work(piece: Piece) -> int:
+        if not hasattr(local, "shards"):  # a mapped file belongs to one thread
+            local.shards = Shards()
+            opened.append(local.shards)
+        weight = piece.weight
+        read = weight.read_coded if piece.coded else weight.read
+        data = read(local.shards, piece.begin, piece.end)
+        try:
+            dtype = "coded" if piece.coded else dtype_name(data)
+            put(data.view(torch.uint8).numpy().data, dtype, piece)
+        except FormatError as error:
+            raise FormatError(f"{weight.file}: {error}") from error
+        return data.nbytes
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for task in as_completed([pool.submit(work, piece) for piece in todo]):
+                yield task.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for shards in opened:
+                shards.close()
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -129,7 +197,8 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _seed(fqn: str) -> int:
+def seed(fqn: str) -> int:
+    """Of a tensor's random weights."""
     return int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:8], "little")
 
 

@@ -40,7 +40,7 @@ class Shards:
         trace: TracebackType | None,
     ) -> None:
         """Close every file."""
-        self._close()
+        self.close()
 
     def read(self, tensor: StoredTensor, *part: slice) -> torch.Tensor:
         """A part of a tensor, one slice for each of its leading dimensions: a view of the file.
@@ -49,7 +49,7 @@ class Shards:
             FormatError: The file cannot be read.
         """
         if self._read >= WINDOW_BYTES:
-            self._close()
+            self.close()
         try:
             if tensor.file not in self._open:
                 opened: Any = safe_open(tensor.file, framework="pt")
@@ -60,7 +60,8 @@ class Shards:
         self._read += got.nbytes
         return got
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close every file."""
         for opened in self._open.values():
             opened.__exit__(None, None, None)
         self._open.clear()

@@ -79,6 +79,7 @@ def _needs(engine: Engine) -> dict[str, str]:
         "config": engine.config.hash,
         "checkpoint": engine.fingerprint,
         "recipe": engine.recipe,
+        "group": str(engine.group),
         "kv_dtype": engine.kv_dtype,
     }
 
@@ -130,7 +131,7 @@ def _facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _check_engine(path: Path, facts: Mapping[str, Any], engine: Engine) -> None:
     for name, here in _needs(engine).items():
-        if facts[name] != here:
+        if facts.get(name, here) != here:  # "group" came later
             raise InvalidArgument(
                 f"{path}: the session was saved with {name} {facts[name]}, this engine has {here}"
             )

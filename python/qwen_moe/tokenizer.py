@@ -81,6 +81,16 @@ class Tokenizer:
         """Path and size."""
         return f"Tokenizer({str(self.path)!r}, vocab_size={self.vocab_size})"
 
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and the end-of-text ids to a directory."""
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+        ends = folder / "generation_config.json"
+        for file, held in (
+            (folder / "tokenizer_config.json", self._settings),
+            (ends, _optional_json(ends) | {"eos_token_id": list(self.eos_token_ids)}),
+        ):
+            file.write_text(json.dumps(held, indent=2, ensure_ascii=False), encoding="utf-8")
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens written out in it become their ids, none is added.
 

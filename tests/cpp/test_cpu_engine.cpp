@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <thread>
+#include <vector>
 
 #include "engine/engine.h"
 
@@ -318,6 +320,37 @@ TEST(WeightStore, RefusesAHitOfAnotherShapeWithBothDescriptions) {
     EXPECT_NE(text.find("[32, 64]"), std::string::npos) << text;
     EXPECT_NE(text.find("[64, 32]"), std::string::npos) << text;
   }
+}
+
+TEST(StoredTensor, PartsMayComeBySeveralThreadsAndCountOnceAccepted) {
+  auto home = make_cpu_weight_home(2);
+  TensorSlot slot{.fqn = "w", .shape = {256, 64}};
+  slot.spec = {.format = WeightFormat::int4, .n = 256, .k = 64, .group = 64};
+  std::vector<float> source(256 * 64);
+  for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<float>(i % 31) - 15.0f;
+  StoredTensor whole(slot, home->allocate(slot.bytes())), put(slot, home->allocate(slot.bytes())),
+      copied(slot, home->allocate(slot.bytes()));
+  whole.put(*home, {source.data(), DType::f32, slot.shape}, 0);
+  EXPECT_TRUE(whole.complete());
+  std::vector<std::thread> threads;
+  for (int part = 0; part < 4; ++part) {
+    threads.emplace_back([&, part] {
+      put.put(*home, {source.data() + part * 64 * 64, DType::f32, {64, 64}}, part * 64);
+      const size_t bytes = slot.bytes() / 4, at = bytes * static_cast<size_t>(part);
+      copied.put_packed(
+          *home, [&](std::byte* to, size_t count) { std::memcpy(to, whole.data() + at, count); },
+          bytes, at);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_TRUE(put.complete());
+  EXPECT_FALSE(copied.complete());
+  copied.accept();
+  EXPECT_TRUE(copied.complete());
+  for (const StoredTensor* tensor : {&put, &copied})
+    EXPECT_EQ(std::memcmp(tensor->data(), whole.data(), slot.bytes()), 0);
+  EXPECT_THROW(
+      copied.put_packed(*home, [](std::byte*, size_t) {}, slot.unit().bytes, 0), InvalidArgument);
 }
 
 TEST(Model, RefusesASplitThatDoesNotCoverTheLayers) {

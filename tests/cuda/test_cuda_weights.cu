@@ -1,5 +1,6 @@
 // What the GPU's weight home stores is what the host's home stores, code by code, in the order of
 // cuda/tile.cuh.
+#include <cuda_fp16.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/pack.h"
@@ -42,6 +44,16 @@ class CudaWeights : public testing::Test {
     auto data = home_->allocate(bytes);
     QWEN_MOE_CUDA(cudaMemset(data.get(), 0xee, bytes));
     return data;
+  }
+
+  void copy(std::byte* to, const TensorSlot& slot, const std::byte* from, size_t bytes) {
+    home_->copy_packed(
+        to, slot,
+        [&](std::byte* at, size_t count) {
+          std::memcpy(at, from, count);
+          from += count;
+        },
+        bytes);
   }
 
   std::shared_ptr<WeightHome> host_, home_;
@@ -169,11 +181,100 @@ TEST_F(CudaWeights, HoldWhatTheHostHolds) {
     // What the host packed already, in two pieces of whole units, ends as the same bytes.
     const auto copied = allocate(slot.bytes());
     const size_t unit = slot.unit().bytes, half = slot.bytes() / unit / 2 * unit;
-    if (half > 0) home_->copy_packed(copied.get(), slot, expected.data(), half);
-    home_->copy_packed(copied.get() + half, slot, expected.data() + half, slot.bytes() - half);
+    if (half > 0) copy(copied.get(), slot, expected.data(), half);
+    copy(copied.get() + half, slot, expected.data() + half, slot.bytes() - half);
     EXPECT_EQ(read(copied.get(), slot.bytes()), read(stored.get(), slot.bytes()))
         << slot.describe();
   }
+}
+
+// The same values as bytes of another element type, cut off where they do not fit.
+Bytes bytes_as(DType dtype, const std::vector<float>& values) {
+  Bytes out(values.size() * dtype_size(dtype));
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &values[i], 4);
+    const uint16_t half = dtype == DType::f16 ? __half_as_ushort(__float2half_rn(values[i]))
+                                              : static_cast<uint16_t>(bits >> 16);
+    if (dtype == DType::f32)
+      std::memcpy(out.data() + i * 4, &bits, 4);
+    else
+      std::memcpy(out.data() + i * 2, &half, 2);
+  }
+  return out;
+}
+
+TEST_F(CudaWeights, AreQuantizedToTheBytesOfTheHost) {
+  const auto packer = make_cuda_packer(0, make_cpu_weight_home(2));
+  EXPECT_EQ(packer->name(), host_->name());
+  std::minstd_rand engine(3);
+  std::normal_distribution<float> normal;
+  std::vector<TensorSlot> slots;
+  for (WeightFormat format : {WeightFormat::int4, WeightFormat::int8}) {
+    for (int group : {32, 64, 128}) slots.push_back(matrix_slot(format, 37, 384, 3, group));
+    slots.push_back(matrix_slot(format, 1200, 4096));  // longer than a chunk
+    slots.push_back(matrix_slot(format, 600, 4096, 3));
+  }
+  for (const TensorSlot& slot : slots) {
+    for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+      // Usual weights; scales that are denormal in f16, and none at all; large ones; many ties.
+      for (float size : {0.02f, 1e-6f, 1e-9f, 0.0f, 6e3f, -1.0f}) {
+        std::vector<float> values(static_cast<size_t>(num_elements(slot.shape)));
+        for (float& v : values)
+          v = size < 0 ? static_cast<float>(engine() % 15) - 7 : normal(engine) * size;
+        const Bytes source = bytes_as(dtype, values);
+        const TensorView view{source.data(), dtype, slot.shape};
+        Bytes expected(slot.bytes(), std::byte{0xee}), found(slot.bytes(), std::byte{0xdd});
+        host_->pack(expected.data(), slot, view, 0);
+        packer->pack(found.data(), slot, view, 0);
+        ASSERT_EQ(found, expected)
+            << slot.describe() << " of " << dtype_name(dtype) << ", size " << size;
+      }
+    }
+  }
+}
+
+TEST_F(CudaWeights, RefuseWhatTheHostRefusesInItsWords) {
+  const auto packer = make_cuda_packer(0, make_cpu_weight_home(2));
+  const TensorSlot slot = matrix_slot(WeightFormat::int4, 32, 128);
+  for (float wrong : {INFINITY, 1e6f}) {  // no weight, and one whose scale does not fit f16
+    std::vector<float> values(32 * 128, 0.5f);
+    values[20 * 128 + 3] = wrong;
+    const TensorView view{values.data(), DType::f32, slot.shape};
+    auto words = [&](WeightHome& home, std::byte* to) {
+      try {
+        home.pack(to, slot, view, 0);
+      } catch (const Format& error) {
+        return std::string(error.what());
+      }
+      return std::string("nothing");
+    };
+    Bytes packed(slot.bytes());
+    const std::string expected = words(*host_, packed.data());
+    EXPECT_NE(expected.find("test.weight"), std::string::npos) << expected;
+    EXPECT_EQ(words(*packer, packed.data()), expected);
+    EXPECT_EQ(words(*home_, allocate(slot.bytes()).get()), expected);
+  }
+}
+
+TEST_F(CudaWeights, ThreadsMayCopyPartsOfOneTensorAtOnce) {
+  const TensorSlot slot = matrix_slot(WeightFormat::int4, 1024, 2048, 16);
+  const std::vector<float> source = random_source(slot.shape, 5);
+  Bytes expected(slot.bytes());
+  host_->pack(expected.data(), slot, {source.data(), DType::f32, slot.shape}, 0);
+  const auto whole = allocate(slot.bytes()), parts = allocate(slot.bytes());
+  copy(whole.get(), slot, expected.data(), slot.bytes());
+  constexpr size_t kParts = 8;
+  const size_t size = slot.bytes() / kParts;
+  std::vector<std::thread> threads;
+  for (size_t part = 0; part < kParts; ++part)
+    threads.emplace_back(
+        [&, at = part * size] { copy(parts.get() + at, slot, expected.data() + at, size); });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(read(parts.get(), slot.bytes()), read(whole.get(), slot.bytes()));
+  home_->settle();  // and goes on working
+  copy(parts.get(), slot, expected.data(), slot.bytes());
+  EXPECT_EQ(read(parts.get(), slot.bytes()), read(whole.get(), slot.bytes()));
 }
 
 TEST_F(CudaWeights, VectorsAreThoseOfTheHost) {
@@ -189,7 +290,7 @@ TEST_F(CudaWeights, VectorsAreThoseOfTheHost) {
     home_->pack(stored.get(), slot, view, 0);
     EXPECT_EQ(read(stored.get(), slot.bytes()), expected);
     const auto copied = allocate(slot.bytes());
-    home_->copy_packed(copied.get(), slot, expected.data(), slot.bytes());
+    copy(copied.get(), slot, expected.data(), slot.bytes());
     EXPECT_EQ(read(copied.get(), slot.bytes()), expected);
     host_->fill_random(expected.data(), slot, 3);
     home_->fill_random(stored.get(), slot, 3);

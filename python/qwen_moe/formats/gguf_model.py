@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from qwen_moe._core import ModelConfig
-from qwen_moe.config import parse_config
 from qwen_moe.errors import FormatError, InvalidArgument
 from qwen_moe.formats.gguf import Place, reshaped, tensor
 from qwen_moe.shards import Shards, StoredTensor
@@ -194,11 +193,13 @@ class GateUp(Weight):
         return torch.cat([part.view(experts, -1, self.shape[2]) for part in both], 1)
 
 
-def config(metadata: Mapping[str, Any], places: Mapping[str, Place], source: str) -> ModelConfig:
-    """The model's dimensions.
+def raw_config(
+    metadata: Mapping[str, Any], places: Mapping[str, Place], source: str
+) -> dict[str, Any]:
+    """The model's dimensions, as config.json has them.
 
     Raises:
-        InvalidArgument: Another architecture, or a setting that this engine cannot run.
+        InvalidArgument: Another architecture.
         FormatError: A field is missing.
     """
     architecture = metadata.get("general.architecture")
@@ -217,7 +218,7 @@ def config(metadata: Mapping[str, Any], places: Mapping[str, Place], source: str
     if embedding is None:
         raise FormatError(f"{source}: token_embd.weight is missing")
     value_heads, head_dim = field("ssm.time_step_rank"), field("attention.key_length")
-    raw = {
+    return {
         "model_type": "qwen3_5_moe_text",
         "vocab_size": embedding.stored.shape[0],
         "hidden_size": field("embedding_length"),
@@ -241,7 +242,6 @@ def config(metadata: Mapping[str, Any], places: Mapping[str, Place], source: str
         "partial_rotary_factor": field("rope.dimension_count") / head_dim,
         "tie_word_embeddings": "output.weight" not in places,
     }
-    return parse_config(raw, source)
 
 
 def layers(metadata: Mapping[str, Any], source: str) -> int:

@@ -1,0 +1,87 @@
+// The way of weights to a GPU: pinned buffers, device buffers and a stream for every thread.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "cuda/runtime.h"
+
+namespace qwen_moe::cuda {
+
+// Bytes that one thread sends at a time.
+inline constexpr size_t kChunk = size_t{4} << 20;
+
+// What one thread sends through. Two buffers are pinned, so that the host fills one while the other
+// travels.
+struct Lane {
+  Stream stream;
+  PinnedBuffer<std::byte> host[2]{PinnedBuffer<std::byte>(kChunk), PinnedBuffer<std::byte>(kChunk)};
+  Event sent[2];
+  DeviceBuffer<std::byte> tiles{kChunk};  // in host order
+  DeviceBuffer<std::byte> rows{};         // made by the first that needs it: weights to pack
+  DeviceBuffer<int> bad{1};               // what pack_on_device says of them
+  int next = 0;
+
+  // The pinned buffer whose turn it is, once its last contents have left.
+  std::byte* turn() {
+    next = 1 - next;
+    sent[next].synchronize();
+    return host[next].data();
+  }
+  // Starts what is in it on its way.
+  void send(std::byte* to, size_t bytes) {
+    QWEN_MOE_CUDA(cudaMemcpyAsync(to, host[next].data(), bytes, cudaMemcpyHostToDevice, stream));
+    sent[next].record(stream);
+  }
+};
+
+// Lanes that wait for a thread; there come to be as many as threads send at once.
+class Lanes {
+ public:
+  // Gives the lane back once what it sent has arrived.
+  class Loan {
+   public:
+    explicit Loan(Lanes& lanes) : lanes_(lanes), lane_(lanes.take()) {}
+    ~Loan() {
+      cudaStreamSynchronize(lane_->stream);  // after an error nothing may be on its way either
+      lanes_.give(std::move(lane_));
+    }
+    Loan(const Loan&) = delete;
+    Loan& operator=(const Loan&) = delete;
+    Lane& operator*() const { return *lane_; }
+
+   private:
+    Lanes& lanes_;
+    std::unique_ptr<Lane> lane_;
+  };
+
+  void clear() {
+    std::lock_guard lock(mutex_);
+    free_.clear();
+  }
+
+ private:
+  std::unique_ptr<Lane> take() {
+    {
+      std::lock_guard lock(mutex_);
+      if (!free_.empty()) {
+        auto lane = std::move(free_.back());
+        free_.pop_back();
+        return lane;
+      }
+    }
+    return std::make_unique<Lane>();
+  }
+  void give(std::unique_ptr<Lane> lane) {
+    std::lock_guard lock(mutex_);
+    free_.push_back(std::move(lane));
+  }
+
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Lane>> free_;
+};
+
+}  // namespace qwen_moe::cuda
