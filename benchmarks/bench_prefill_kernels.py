@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Times every Triton prefill kernel at 35B-A3B shapes and checks it against torch, on one GPU.
 
-    python3 benchmarks/bench_prefill_kernels.py [--rows 512,2048,8192] [--only X]
+    python3 benchmarks/bench_prefill_kernels.py [--rows 128,512,8192] [--only X] [--search]
 
-Needs torch and Triton, not the built core, and no network. Every kernel runs with a few
-configurations, the first being that of the spec table; all are printed, so that the best can be
-frozen there. A kernel that fails is reported and the others go on: every group of kernels has a
-process of its own. With TRITON_INTERPRET=1 and --smoke the same code runs once on the CPU with
-small shapes.
+Needs torch and Triton, not the built core, and no network. Every kernel runs as the spec table has
+it. With --search it runs with a few more configurations too, all printed, so that the best can be
+frozen there; a kernel that fails is then reported and the others go on, as every group of kernels
+has a process of its own. With TRITON_INTERPRET=1 and --smoke the same code runs once on the CPU
+with small shapes.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class Bench(Projections, Mixers, Experts):
         h, gates = s.hidden, 2 * s.value_heads
         return [
             ("rms_norm", lambda: self.rms_norm(t)),
-            ("in_proj", lambda: p("in_proj qkv int4", t, s.channels, h, 4, d)),
-            ("in_proj", lambda: p("in_proj z int4", t, s.value_dim, h, 4, d)),
+            ("in_proj", lambda: p("in_proj qkv, z int4", t, s.channels + s.value_dim, h, 4, d)),
             ("in_proj", lambda: p("in_proj b, a bf16", t, gates, h, 16, d, narrow=True)),
             ("unpack", lambda: self.unpack(t)),
             ("conv", lambda: self.convolution(t)),
@@ -61,8 +60,7 @@ class Bench(Projections, Mixers, Experts):
             ("out_proj", lambda: p("out_proj int8", t, h, s.value_dim, 8, every, residual=True)),
             ("in_proj", lambda: p("q, k, v int4", t, attention_in, h, 4, a)),
             ("attention", lambda: self.attention(t)),
-            ("router", lambda: p("router bf16", t, s.experts, h, 16, every, narrow=True)),
-            ("router", lambda: p("shared gate bf16", t, 1, h, 16, every, narrow=True)),
+            ("router", lambda: p("router, gate bf16", t, s.experts + 1, h, 16, every, narrow=True)),
             ("shared", lambda: self.shared_gate_up(t)),
             (
                 "shared",
@@ -110,9 +108,9 @@ def microseconds(run: Callable[[], None], device: str) -> float:
     return statistics.median(times)
 
 
-def measure(case: Case, t: int, device: str) -> Result:
+def measure(case: Case, t: int, device: str, *, search: bool) -> Result:
     result = Result(case.name, t, case.count)
-    for variant in case.variants:
+    for variant in case.variants if search else case.variants[:1]:
         try:
             us = microseconds(variant.run, device)
         except Exception as error:
@@ -177,7 +175,9 @@ def summary(results: list[Result], rows: list[int]) -> dict[str, float]:
     return speed
 
 
-def run_group(bench: Bench, only: str, rows: list[int], *, compile_only: bool) -> list[Result]:
+def run_group(
+    bench: Bench, only: str, rows: list[int], *, search: bool, compile_only: bool
+) -> list[Result]:
     """The kernels of the groups of that name, here."""
     results: list[Result] = []
     for t in rows:
@@ -193,12 +193,12 @@ def run_group(bench: Bench, only: str, rows: list[int], *, compile_only: bool) -
                 continue
             for case in cases if isinstance(cases, list) else [cases]:
                 if compile_only:
-                    for variant in case.variants:
+                    for variant in case.variants if search else case.variants[:1]:
                         with contextlib.suppress(Exception):
                             variant.run()
                     continue
                 try:
-                    result = measure(case, t, bench.device)
+                    result = measure(case, t, bench.device, search=search)
                 except Exception as error:
                     traceback.print_exc()
                     result = Result(case.name, t, failure=f"{type(error).__name__}: {error}"[:200])
@@ -207,35 +207,37 @@ def run_group(bench: Bench, only: str, rows: list[int], *, compile_only: bool) -
     return results
 
 
-def run_isolated(groups: list[str], rows: str, flags: list[str]) -> list[Result]:
-    """Each group in a process of its own, as a bad access ends all work of a process on the GPU.
+CHILD = [sys.executable, "-W", "ignore", __file__, "--child"]
 
-    First all of them at once with the fewest rows, so that the compiler uses every core and times
-    are taken with its cache filled.
-    """
-    me, results = [sys.executable, "-W", "ignore", __file__, "--child", *flags], []
+
+def compile_all(groups: list[str], rows: str, flags: list[str]) -> None:
+    """Fills the compiler's cache, a process for each group, so that times are taken without it."""
     began = time.monotonic()
-    least = rows.split(",")[0]
-    warm = [
+    running = [
         subprocess.Popen(
-            [*me, "--compile", f"--only={group}", f"--rows={least}"],
+            [*CHILD, *flags, "--compile", f"--only={group}", f"--rows={rows}"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         for group in groups
     ]
-    for process in warm:
+    for process in running:
         try:
             process.wait(max(1.0, 180 - (time.monotonic() - began)))
         except subprocess.TimeoutExpired:
             process.kill()
     print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def run_isolated(groups: list[str], rows: str, flags: list[str]) -> list[Result]:
+    """Each group in a process of its own, as a bad access ends all work of a process on the GPU."""
+    results: list[Result] = []
     for group in groups:
         with tempfile.TemporaryDirectory() as made:
             to = Path(made) / "results.json"
             try:
                 subprocess.run(
-                    [*me, f"--only={group}", f"--rows={rows}", f"--json={to}"],
+                    [*CHILD, *flags, f"--only={group}", f"--rows={rows}", f"--json={to}"],
                     timeout=240,
                     check=False,
                 )
@@ -251,11 +253,13 @@ def run_isolated(groups: list[str], rows: str, flags: list[str]) -> list[Result]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", default="512,2048,8192")
+    parser.add_argument("--rows", default="128,512,8192")
     parser.add_argument("--only", default="", help="groups whose name contains this")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true", help="small shapes on the CPU")
-    parser.add_argument("--isolate", action="store_true", help="processes also with --smoke")
+    parser.add_argument(
+        "--search", action="store_true", help="more configurations than the table's"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -268,15 +272,19 @@ def main() -> int:
     rows = [65] if options.smoke else [int(x) for x in options.rows.split(",")]
     bench = Bench(SMOKE if options.smoke else Shape(), device, options.smoke)
     report: dict[str, Any] = {"triton": triton.__version__, "torch": torch.__version__}
-    if options.child or (options.smoke and not options.isolate):
-        results = run_group(bench, options.only, rows, compile_only=options.compile)
-    else:
-        if device == "cuda":
-            report |= {"device": torch.cuda.get_device_name(), **ceilings()}
-            torch.cuda.empty_cache()
+    if device == "cuda" and not options.child:
+        report |= {"device": torch.cuda.get_device_name(), **ceilings()}
+        torch.cuda.empty_cache()
         print(", ".join(f"{key} {value}" for key, value in report.items()), flush=True)
-        groups = [name for name in dict(bench.groups(64)) if options.only in name]
-        results = run_isolated(groups, options.rows, ["--smoke"] * options.smoke)
+    groups = [name for name in dict(bench.groups(64)) if options.only in name]
+    flags = ["--search"] * options.search + ["--smoke"] * options.smoke
+    if device == "cuda" and not options.child:
+        compile_all(groups, options.rows, flags)
+    if options.child or not options.search:
+        search, compile_only = options.search, options.compile
+        results = run_group(bench, options.only, rows, search=search, compile_only=compile_only)
+    else:
+        results = run_isolated(groups, options.rows, flags)
     if not options.child:
         report["tokens per second"] = summary(results, rows)
     report["results"] = [asdict(result) for result in results]

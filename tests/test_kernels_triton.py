@@ -66,6 +66,7 @@ def test_a_kernel_is_compiled_for_a_gpu_that_is_not_there(tmp_path: Path) -> Non
     assert (kernel["symbol"], kernel["warps"]) == ("rms_norm", spec.warps)
     assert kernel["constants"] == [["BLOCK", 2048]]
     assert kernel["scratch"] in (0, 1, 2)
+    assert kernel["overlaps"], "it does not wait for the kernel before it"
     assert images.read(tmp_path / "images", 90)[0].code == code
 
 
@@ -73,7 +74,7 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     with pytest.raises(images.ImageError, match="no kernel images"):
         images.read(folder, 90)
-    image = images.Image("one", "one", b"code", 0, 4, (("x", "*fp32"),), (("BM", 16),), 2)
+    image = images.Image("one", "one", b"code", 0, 4, (("x", "*fp32"),), (("BM", 16),), 2, True)
     images.write(folder, [image], 90)
     assert images.read(folder, 90) == [image]
     with pytest.raises(images.ImageError, match="have arch 90, expected 100"):
@@ -102,6 +103,14 @@ def test_arguments_are_compared_with_the_ptx() -> None:
         images.check_parameters(ptx, [("x", "*fp32"), ("n", "i64")])
 
 
+def test_a_kernel_that_may_overlap_waits_before_it_reads() -> None:
+    wait, load = "griddepcontrol.wait; // 1\n", "ld.global.b32 { %r1 }, [ %rd1 + 0 ];\n"
+    assert images.waits_first(wait + load)
+    assert not images.waits_first(load)
+    with pytest.raises(images.ImageError, match=r"ld.global.b32 before it waits"):
+        images.waits_first(load + wait)
+
+
 def test_the_table_names_every_kernel_once() -> None:
     names = [spec.name for spec in specs()]
     assert len(set(names)) == len(names)
@@ -121,8 +130,12 @@ def test_the_core_launches_what_the_table_has() -> None:
 
     # The tile is part of the name, so that the core can choose it.
     for spec in specs():
-        if match := re.fullmatch(r"(project|expert)\w*_m(\d+)", spec.name):
-            assert spec.constants["BM"] == int(match[2])
+        if match := re.fullmatch(r"expert\w*_m(\d+)", spec.name):
+            assert spec.constants["BM"] == int(match[1])
+        if match := re.fullmatch(r"project\w*_(\d+)x(\d+)", spec.name):
+            halves = 2 if "pair" in spec.name else 1
+            assert spec.constants["BM"] == int(match[1])
+            assert spec.constants["BN"] * halves == int(match[2])
 
     # Arguments of the launches by one name, counted.
     counted = re.findall(r'launch\(\s*"(\w+)",.*?\{(.*?)\}\);', source, re.DOTALL)

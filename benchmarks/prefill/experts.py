@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import prefill_reference as ref
-from qwen_moe.kernels import moe, route
+from qwen_moe.kernels import moe, route, specs
 
 from .inputs import Case, Inputs, Variant, cdiv, label, relative
 from .projections import GEMM
@@ -29,7 +29,8 @@ class Experts(Inputs):
         down = self.weight("experts down", s.experts, s.hidden, s.inner, 4)
         x, logits = self.rows(t, s.hidden), self.floats(t, s.experts)
         ordered = ref.to_fragment_order(x)
-        width, parts = max(16, 1 << (s.experts - 1).bit_length()), cdiv(t, 16)
+        width, tokens = max(16, 1 << (s.experts - 1).bit_length()), 4 if t <= 512 else 16
+        parts = cdiv(t, tokens)
         ids, ranks, order = (self.empty(picks, dtype=torch.int32) for _ in range(3))
         weights = self.empty(t, s.top_k, dtype=torch.float32)
         counts, places = (self.empty(parts, s.experts, dtype=torch.int32) for _ in range(2))
@@ -47,7 +48,7 @@ class Experts(Inputs):
                 t,
                 s.experts,
                 s.top_k,
-                BT=16,
+                BT=tokens,
                 EXPERTS=width,
                 TOP=1 << (s.top_k - 1).bit_length(),
                 **config,
@@ -70,7 +71,7 @@ class Experts(Inputs):
 
         def sort() -> None:
             route.sort_picks[(cdiv(picks, 256),)](
-                order, ids, ranks, places, picks, s.experts, 16 * s.top_k, BLOCK=256
+                order, ids, ranks, places, picks, s.experts, tokens * s.top_k, BLOCK=256
             )
 
         def first(config: dict[str, int]) -> None:
@@ -117,7 +118,13 @@ class Experts(Inputs):
         # The first configuration is that of the table for so many rows.
         mean = picks / s.experts
         wanted = 16 if mean <= 8 else 32 if mean <= 32 else 64
-        configs.sort(key=lambda c: c["BM"] != wanted)
+        if not self.quick:
+            first = next(tile for tile in specs.EXPERT_TILES if tile.rows == wanted)
+            configs.sort(
+                key=lambda c: (
+                    (c["BM"], c["BN"], c["num_stages"]) != (wanted, first.outputs, first.stages)
+                )
+            )
         top({"num_warps": 4})
         for config in configs:
             plan(config["BM"])
@@ -163,14 +170,14 @@ class Experts(Inputs):
             Case(
                 "top_experts",
                 s.layers,
-                [Variant(f"num_warps={n}", lambda n=n: top({"num_warps": n})) for n in (4, 8)],
+                [Variant(f"num_warps={n}", lambda n=n: top({"num_warps": n})) for n in (8, 4)],
                 check_top,
                 bytes=4.0 * t * s.experts,
             ),
             Case(
                 "plan_experts",
                 s.layers,
-                [Variant(f"num_warps={n}", lambda n=n: plan(wanted, n)) for n in (8, 4)],
+                [Variant(f"num_warps={n}", lambda n=n: plan(wanted, n)) for n in (4, 8)],
                 lambda: 0.0,
             ),
             Case("sort_picks", s.layers, [Variant("", sort)], check_sort),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import prefill_reference as ref
+from qwen_moe.kernels import specs
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,23 @@ class Inputs:
                 torch.tensor([0, rows - 1], device=self.device),
             ]
         )
+
+    def put_first(self, configs: list[dict[str, Any]], t: int, n: int, bits: int) -> None:
+        """The configuration that the core takes for so many rows and outputs comes first."""
+        if self.quick:
+            return
+        sms = torch.cuda.get_device_properties(0).multi_processor_count
+        for tile in specs.TILES:
+            if tile.rows > 16 and tile.rows >= 2 * t:
+                continue
+            if bits == 8 and (tile.rows, tile.outputs) == (128, 128):
+                continue
+            chosen = tile
+            if cdiv(t, tile.rows) * cdiv(n, tile.outputs) >= sms * 3 // 4:
+                break
+        first = {"BM": chosen.rows, "BN": chosen.outputs, "STEP": chosen.step}
+        first |= {"num_warps": chosen.warps, "num_stages": chosen.stages}
+        configs[:] = [first, *(config for config in configs if config != first)]
 
     def tiles(self, options: list[tuple[int, int, int, int, int]]) -> list[dict[str, Any]]:
         if self.quick:

@@ -43,7 +43,7 @@ class Mixers(Inputs):
             )
 
         configs = [
-            {"BT": bt, "num_warps": warps} for bt, warps in ((32, 4), (16, 4), (64, 4), (64, 8))
+            {"BT": bt, "num_warps": warps} for bt, warps in ((64, 8), (32, 4), (16, 4), (64, 4))
         ]
         return Case(
             "conv_silu_norm",
@@ -173,8 +173,8 @@ class Mixers(Inputs):
         scans = [
             {"BV": bv, "num_warps": warps, "num_stages": stages}
             for bv, warps, stages in (
-                (32, 4, 2),
                 (32, 4, 3),
+                (32, 4, 2),
                 (32, 8, 2),
                 (16, 4, 2),
                 (16, 4, 3),
@@ -182,7 +182,7 @@ class Mixers(Inputs):
                 (64, 8, 2),
             )
         ]
-        outputs = [{"num_warps": warps, "num_stages": 1} for warps in (8, 4)]
+        outputs = [{"num_warps": warps, "num_stages": 1} for warps in (4, 8)]
         if self.quick:
             prepares, scans = prepares[:1], scans[-1:]
         return [
@@ -263,7 +263,7 @@ class Mixers(Inputs):
             out = ref.attention(query[first:], key, value, first) * gate[first:].sigmoid()
             return relative(ref.from_fragment_order(core)[first:], out.reshape(t - first, -1))
 
-        appends = [{"BT": 8, "num_warps": 4}, {"BT": 4, "num_warps": 4}, {"BT": 16, "num_warps": 8}]
+        appends = [{"BT": 4, "num_warps": 4}, {"BT": 8, "num_warps": 4}, {"BT": 16, "num_warps": 8}]
         attends = [
             {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
             for bm, bn, warps, stages in (

@@ -37,7 +37,7 @@ GEMM_BF16 = [
     (256, 128, 8, 3, 64),
     (64, 128, 4, 4, 64),
 ]
-NARROW = [(64, 64, 4, 3, 64), (32, 64, 4, 4, 64), (16, 64, 4, 6, 64), (32, 64, 4, 6, 64)]
+NARROW = [(64, 64, 4, 3, 64), (32, 64, 4, 4, 128), (32, 64, 4, 4, 64), (16, 64, 4, 4, 128)]
 ALONE = (0, 0, 0, 0) * 2  # no second and no third matrix
 
 
@@ -57,7 +57,7 @@ class Projections(Inputs):
         return Case(
             "rms_norm",
             2 * s.layers,
-            [Variant(f"num_warps={warps}", run(warps)) for warps in (4, 8)],
+            [Variant(f"num_warps={warps}", run(warps)) for warps in (8, 4)],
             lambda: relative(ref.from_fragment_order(out), ref.rms_norm(x, w, 1e-6)),
             bytes=6.0 * t * s.hidden,
         )
@@ -102,6 +102,10 @@ class Projections(Inputs):
             )
 
         configs = self.tiles(NARROW if narrow else GEMM_BF16 if bits == 16 else GEMM)
+        if narrow:
+            configs.sort(key=lambda c: c["BM"] != (32 if t <= 512 else 64))
+        else:
+            self.put_first(configs, t, n, bits)
 
         def check() -> float:
             at = self.sample(t)
@@ -143,6 +147,9 @@ class Projections(Inputs):
                 **config,
             )
 
+        configs = self.tiles(GEMM)
+        self.put_first(configs, t, 2 * n, 8)
+
         def check() -> float:
             at = self.sample(t)
             gate, up = x[at].float() @ w.dense[0].T, x[at].float() @ w.dense[1].T
@@ -151,7 +158,7 @@ class Projections(Inputs):
         return Case(
             "shared gate_up int8",
             s.layers,
-            [Variant(label(c), lambda c=c: run(c)) for c in self.tiles(GEMM)],
+            [Variant(label(c), lambda c=c: run(c)) for c in configs],
             check,
             flops=4.0 * t * n * k,
             bytes=w.data.numel() + 2.0 * t * (k + n),
