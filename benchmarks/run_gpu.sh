@@ -3,23 +3,30 @@
 # table last. Needs nvcc, cmake, ninja, a Python with torch, scikit-build-core and pybind11, and for
 # the C++ tests GoogleTest (GTest_ROOT says where, if not installed).
 #
-#   benchmarks/run_gpu.sh [--sanitize] [--build DIR] [ARGUMENTS OF qwen-moe bench]
+#   benchmarks/run_gpu.sh [--sanitize] [--micro] [--build DIR] [ARGUMENTS OF qwen-moe bench]
 #
+# Without arguments for it the bench takes the shapes of 35B-A3B in int4. --micro adds what one phase
+# and one GEMV cost, --sanitize runs the tests over the smallest model under compute-sanitizer.
 # A step that fails does not stop those that can still run; the exit status is 1 then.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 sanitize=false
+micro=false
 build=$PWD/build/gpu
 while (($#)); do
   case $1 in
     --sanitize) sanitize=true && shift ;;
+    --micro) micro=true && shift ;;
     --build) build=$(realpath -m "$2") && shift 2 ;;
     --) shift && break ;;
     *) break ;;
   esac
 done
+(($#)) || set -- --preset 35b-a3b --quantize int4 --prompt-tokens 512 --decode-tokens 48 \
+  --long-context 32768 --prompts 128,512,1024,4096,8192,32768
 mkdir -p "$build"
+rm -f "$build"/*.figures
 jobs=$(nproc)
 
 rows=()
@@ -44,7 +51,8 @@ table() {
     printf '%-32s %-14s %7d\n' "$name" "$outcome" "$seconds"
   done
 }
-trap table EXIT
+figures() { for file in "$build"/*.figures; do [[ -e $file ]] && printf '\n' && cat "$file"; done; }
+trap 'figures; table' EXIT
 
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
 # "native" would leave out what only the architecture-specific target of a Hopper has.
@@ -84,7 +92,8 @@ step "configure" configure_any
 
 # Names of the programs made from FOLDER/PATTERN.
 programs() { for source in $1/$2; do [[ -e $source ]] && basename "${source%.cu}"; done; }
-mapfile -t benches < <(programs benchmarks 'bench_*.cu')
+benches=(bench_gpu_ops)
+$micro && mapfile -t benches < <(programs benchmarks 'bench_*.cu')
 tests=()
 $have_tests && mapfile -t tests < <(programs tests/cuda 'test_*.cu')
 step "build tests and benchmarks" cmake --build "$build/cpp" --target "${tests[@]}" "${benches[@]}"
@@ -117,7 +126,7 @@ sanitized() {
   local tool=$1 name=$2 status=0
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer" && return 77; }
   compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "$build/cpp/$name" \
-    --gtest_brief=1 2>&1 | tee "$build/$tool-$name.log" | tail -n 40 || status=$?
+    --gtest_brief=1 --gtest_filter='*Tiny_int4*:*Tiny_int8*:-*Model*' 2>&1 | tee "$build/$tool-$name.log" | tail -n 40 || status=$?
   ((status)) && grep -q "Device not supported" "$build/$tool-$name.log" && return 77
   return $status
 }
@@ -130,14 +139,19 @@ fi
 
 label=$(tr 'A-Z ' 'a-z-' <<<"$gpu" | tr -cd 'a-z0-9-')
 date=$(date -u +%F)
+# measured NAME COMMAND...: a step whose output is printed again at the end.
+measured() { step "$1" figures_of "$@"; }
+figures_of() { "${@:2}" 2>&1 | tee "$build/${1// /-}.figures"; }
+results=benchmarks/results/$label
 for name in ${benches[@]+"${benches[@]}"}; do
+  [[ $name == bench_gpu_ops ]] && continue
   step "$name" "$build/cpp/$name"
 done
-step "prefill kernels" python3 benchmarks/bench_prefill_kernels.py \
-  --json "benchmarks/results/$label-prefill-$date.json"
-step "loading" python3 benchmarks/bench_load.py --preset 35b-a3b --device cuda --layers 4 \
-  --json "benchmarks/results/$label-load-$date.json"
-step "qwen-moe bench" python3 -m qwen_moe bench --device cuda \
-  --json "benchmarks/results/$label-$date.json" "$@"
+measured "decode ops" "$build/cpp/bench_gpu_ops" --json "$results-ops-$date.json"
+measured "prefill kernels" python3 benchmarks/bench_prefill_kernels.py \
+  --json "$results-prefill-$date.json"
+measured "loading" python3 benchmarks/bench_load.py --preset 35b-a3b --device cuda --layers 4 \
+  --json "$results-load-$date.json"
+measured "qwen-moe bench" python3 -m qwen_moe bench --device cuda --json "$results-$date.json" "$@"
 
 exit $failed

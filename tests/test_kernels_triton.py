@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from qwen_moe.kernels import images
-from qwen_moe.kernels.specs import Spec, specs
+from qwen_moe.kernels.specs import TILES, Spec, specs
 
 HERE = Path(__file__).parent
 
@@ -128,7 +128,11 @@ def test_the_core_launches_what_the_table_has() -> None:
     kernels = {spec.kernel.__name__ for spec in specs()} - {"unpack"}
     assert all(any(name.startswith(k) for name in wanted) for k in kernels)
 
-    # The tile is part of the name, so that the core can choose it.
+    # The tile is part of the name, so that the core can choose it; it tries them in order.
+    tried = re.search(r"kTiles\[\] = \{(.*?)\};", source, re.DOTALL)
+    assert tried is not None
+    sizes = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+), (\d+)\}", tried[1])]
+    assert sizes == [(tile.rows, tile.outputs) for tile in TILES]
     for spec in specs():
         if match := re.fullmatch(r"expert\w*_m(\d+)", spec.name):
             assert spec.constants["BM"] == int(match[1])

@@ -105,6 +105,7 @@ def measure(
     """
     index = int(engine.devices[0].partition(":")[2] or 0)
     reads = [_core.cuda_read_bandwidth(index)]
+    opening = _opening(engine)
     began = time.perf_counter()
     pool = [open_session(engine, row, plan.prompt_tokens) for row in range(plan.sessions)]
     prefill = time.perf_counter() - began
@@ -140,6 +141,8 @@ def measure(
         "without_graph": plain.report() | {"same_tokens": ours[:shorter] == theirs[:shorter]},
         "stats": stats,
         "memory": engine.memory,
+        "session_bytes": list(_core.session_bytes(engine.config, engine.kv_dtype)),
+        "ms_to_open_session": opening,
         "plan": asdict(plan),
     }
     for result in figures["results"]:
@@ -152,6 +155,17 @@ def measure(
     if plan.prompts:
         figures["prompts"] = bench_prompts.measure(plan.prompts, plan.repeat, another)
     return figures
+
+
+def _opening(engine: Engine) -> float:
+    """Milliseconds until a session is open and its state is cleared."""
+    core, times = engine.core, []
+    for _ in range(20):
+        began = time.perf_counter()
+        session = core.open()
+        times.append(1000 * (time.perf_counter() - began))
+        core.close(session)
+    return statistics.median(times)
 
 
 def _long(
@@ -285,6 +299,14 @@ def table(report: dict[str, Any]) -> str:
                 f"{row['state_bytes_per_step'] / 1e6:.1f} MB of state: {row['floor_ms']:.3f} ms at "
                 f"a plain read's speed, {row['share_of_floor']:.0%} of it reached"
             )
+    memory, (fixed, per_token) = report["memory"], report["session_bytes"]
+    lines.append(
+        f"memory: weights {memory['weights'] / 2**30:.2f} GiB, scratch "
+        f"{memory['scratch'] / 2**30:.2f} GiB, graphs {memory.get('graphs', 0) / 2**20:.0f} MiB, "
+        f"captured in {report['stats'].get('graph_capture_us', 0) / 1000:.0f} ms; a session "
+        f"{fixed / 1e6:.1f} MB and {per_token / 1024:.1f} KiB a token, open in "
+        f"{report['ms_to_open_session']:.3f} ms"
+    )
     if "prompts" in report:
         lines += bench_prompts.table(report["prompts"])
     return "\n".join(lines)
