@@ -117,14 +117,10 @@ class Experts(Inputs):
         configs = self.tiles(SMALL + GEMM)
         # The first configuration is that of the table for so many rows.
         mean = picks / s.experts
-        wanted = 16 if mean <= 8 else 32 if mean <= 32 else 64
+        wanted = 16 if mean <= 8 else 32 if mean <= 32 else 64 if mean <= 96 else 128
         if not self.quick:
-            first = next(tile for tile in specs.EXPERT_TILES if tile.rows == wanted)
-            configs.sort(
-                key=lambda c: (
-                    (c["BM"], c["BN"], c["num_stages"]) != (wanted, first.outputs, first.stages)
-                )
-            )
+            table = next(self.config(t) for t in specs.EXPERT_TILES if t.rows == wanted)
+            configs.sort(key=lambda c: c != table)
         top({"num_warps": 4})
         for config in configs:
             plan(config["BM"])

@@ -130,6 +130,17 @@ class Inputs:
             ]
         )
 
+    @staticmethod
+    def config(tile: specs.Tile) -> dict[str, Any]:
+        """Of a tile of the table, for weights in groups of 128."""
+        return {
+            "BM": tile.rows,
+            "BN": tile.outputs,
+            "STEP": tile.step,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
     def put_first(self, configs: list[dict[str, Any]], t: int, n: int, bits: int) -> None:
         """The configuration that the core takes for so many rows and outputs comes first."""
         if self.quick:
@@ -143,8 +154,7 @@ class Inputs:
             chosen = tile
             if cdiv(t, tile.rows) * cdiv(n, tile.outputs) >= sms * 3 // 4:
                 break
-        first = {"BM": chosen.rows, "BN": chosen.outputs, "STEP": chosen.step}
-        first |= {"num_warps": chosen.warps, "num_stages": chosen.stages}
+        first = self.config(chosen)
         configs[:] = [first, *(config for config in configs if config != first)]
 
     def tiles(self, options: list[tuple[int, int, int, int, int]]) -> list[dict[str, Any]]:

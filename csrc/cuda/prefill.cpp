@@ -120,7 +120,7 @@ std::string PrefillOps::tile_of(const std::string& name, std::initializer_list<i
 
 int PrefillOps::expert_rows() const {
   const int mean = rows_.rows * c_.num_experts_per_tok / c_.num_experts;
-  return mean <= 8 ? 16 : mean <= 32 ? 32 : 64;
+  return mean <= 8 ? 16 : mean <= 32 ? 32 : mean <= 96 ? 64 : 128;
 }
 
 int PrefillOps::most_work() const {

@@ -93,7 +93,12 @@ TILES = (
 )
 
 # Of experts, by the rows that one has on average.
-EXPERT_TILES = (Tile(16, 128, 4, 4), Tile(32, 128, 4, 3), Tile(64, 128, 4, 3))
+EXPERT_TILES = (
+    Tile(16, 128, 4, 4),
+    Tile(32, 128, 4, 4, step=64),
+    Tile(64, 128, 4, 4, step=64),
+    Tile(128, 128, 8, 5, step=64),
+)
 
 
 def _dense() -> list[Spec]:
