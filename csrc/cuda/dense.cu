@@ -12,7 +12,7 @@ namespace qwen_moe::cuda {
 namespace {
 
 constexpr int kMaxInputs = 8192;     // 8 rows of them fit shared memory
-constexpr size_t kOwnShared = 1280;  // bytes of shared memory beside what a launch asks for
+constexpr size_t kOwnShared = 1536;  // bytes of shared memory beside what a launch asks for
 constexpr int kRowsFused = 8;        // more rows than that are normed by a kernel of their own
 
 // What a finished output needs besides its sum, read early where that hides its latency.
@@ -185,14 +185,19 @@ __global__ __launch_bounds__(kThreads, kRowTiles <= 1 ? 2 : 1) void project(
     wait_for_predecessor();
     launch_dependents();
     if constexpr (kOneRow) {
-      norm_block<1>(activations, pitch, args, first_row, 1, weight);
+      norm_block<1, kNormVectors>(activations, pitch, args, first_row, 1, weight);
     } else {
-      constexpr int kAtOnce = kTiles == 1 ? 4 : 1;  // more rows than 8 come normed
+      // As many rows at once as registers hold; more than 8 come normed.
+      constexpr int kFew = kTiles == 1 ? 4 : 1, kMany = kTiles == 1 ? 8 : 1;
+      if (rows > kFew && args.k <= kNormVectors / 2 * 4 * kThreads) {
+        norm_block<kMany, kNormVectors / 2>(activations, pitch, args, first_row, rows, weight);
+      } else {
 #pragma unroll 1
-      for (int row = 0; row < rows; row += kAtOnce) {
-        if (row > 0) __syncthreads();  // the sums have been read
-        norm_block<kAtOnce>(activations + row * pitch, pitch, args, first_row + row, rows - row,
-                            weight);
+        for (int row = 0; row < rows; row += kFew) {
+          if (row > 0) __syncthreads();  // the sums have been read
+          norm_block<kFew, kNormVectors>(activations + row * pitch, pitch, args, first_row + row,
+                                         rows - row, weight);
+        }
       }
     }
   }

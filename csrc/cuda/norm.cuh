@@ -54,18 +54,18 @@ static __global__ __launch_bounds__(kThreads) void norm_rows(bf16* out, const fl
 }
 
 // RMSNorm of up to kRows rows by the whole block; their loads hide each other's latency.
-template <int kRows>
+template <int kRows, int kVectors>
 __device__ __forceinline__ void norm_block(std::byte* to, int pitch, const ProjectArgs& args,
                                            int first, int rows,
                                            const float4 (&weight)[kNormVectors]) {
   __shared__ float warp_sums[kRows][kWarps];
   int thread = static_cast<int>(threadIdx.x);
-  float4 x[kRows][kNormVectors];
+  float4 x[kRows][kVectors];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const float* from = args.hidden + static_cast<int64_t>(first + r) * args.k + thread * 4;
 #pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
+    for (int v = 0; v < kVectors; ++v)
       if (r < rows && v * 4 * kThreads + thread * 4 < args.k)
         x[r][v] = load_cg(reinterpret_cast<const float4*>(from + v * 4 * kThreads));
   }
@@ -73,7 +73,7 @@ __device__ __forceinline__ void norm_block(std::byte* to, int pitch, const Proje
   for (int r = 0; r < kRows; ++r) {
     float sum = 0;
 #pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
+    for (int v = 0; v < kVectors; ++v)
       if (r < rows && v * 4 * kThreads + thread * 4 < args.k) sum = squares(sum, x[r][v]);
     sum = warp_sum(sum);
     if (thread % 32 == 0) warp_sums[r][thread / 32] = sum;
@@ -85,7 +85,7 @@ __device__ __forceinline__ void norm_block(std::byte* to, int pitch, const Proje
     float scale = rms_scale(warp_sums[r], args.k, args.eps);
     bool write = args.normed != nullptr && blockIdx.x == (first + r) % gridDim.x;
 #pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
+    for (int v = 0; v < kVectors; ++v)
       if (int at = v * 4 * kThreads + thread * 4; at < args.k) {
         uint2 values = normed_values(x[r][v], scale, weight[v]);
         *reinterpret_cast<uint2*>(to + r * pitch + at * 2) = values;
