@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kGateUpSlices = kWarps / 2;  // of each of the two tiles of a pair
 constexpr int kDownWarps = 12;             // top_k + 1 in one go, for every known model
-constexpr int kRouteThreads = 512;
+constexpr int kRouteThreads = 1024;
 
 struct MoeArgs {
   Matrix gate_up, down, shared_down;
@@ -41,25 +41,25 @@ __global__ __launch_bounds__(kRouteThreads) void route(const __grid_constant__ M
                        args.experts, args.top_k);
 }
 
-// How a kernel's warps see the routing: in their own registers for one row, as a plan in shared
-// memory for up to 8, and in device memory for more.
+// How a kernel's warps see the routing: in their own registers for one row, else as a plan in
+// shared memory.
 struct Routing {
   Pick pick{0, 0.0f};  // of one row, lane < top_k
   RoutePlan plan;
   int entries = 0;
-  bool one_row, in_shared;
+  bool one_row;
 
   // All lanes of a warp.
   __device__ __forceinline__ RouteEntry entry(int i) const {
     if (one_row) return {__shfl_sync(0xffffffffu, pick.expert, i), i, 1};
-    if (in_shared) return plan.entry[i];
-    return {__ldcg(&plan.entry[i].expert), __ldcg(&plan.entry[i].first),
-            __ldcg(&plan.entry[i].count)};
+    return plan.entry[i];
   }
   __device__ __forceinline__ int pick_of(int place) const {
-    return one_row ? place : in_shared ? plan.pick_of[place] : __ldcg(plan.pick_of + place);
+    return one_row ? place : plan.pick_of[place];
   }
 };
+
+__host__ __device__ constexpr size_t round_up_16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 // One row's routing, by one warp.
 template <int kPerLane>
@@ -71,25 +71,28 @@ __device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args
   routing.entries = slot == 0 ? 0 : args.top_k;
 }
 
-// The routing of more rows: worked out or read; all threads of a block.
+// The routing of more rows: worked out, or copied whole, since a look at device memory for every
+// entry would be waited for; all threads of a block. `to`: where the plan is, then scratch.
 template <int kPerLane>
-__device__ __forceinline__ void find_plan(Routing& routing, const MoeArgs& args,
-                                          std::byte* scratch) {
-  if (routing.in_shared) {
-    build_plan<kPerLane>(routing.plan, RouteScratch(scratch, args.experts), args.router, args.slot,
-                         args.rows, args.experts, args.top_k);
-    routing.entries = *routing.plan.entries;
+__device__ __forceinline__ void find_plan(Routing& routing, const MoeArgs& args, std::byte* to) {
+  size_t bytes = round_up_16(RoutePlan::bytes(args.rows * args.top_k));
+  if (args.rows <= kEntryRows) {
+    build_plan<kPerLane>(routing.plan, RouteScratch(to + bytes, args.experts), args.router,
+                         args.slot, args.rows, args.experts, args.top_k);
   } else {
-    routing.entries = load_cg(routing.plan.entries);
+    for (size_t at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16)
+      copy_async_16(to + at, args.plan + at);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
   }
+  routing.entries = *routing.plan.entries;
 }
 
-__host__ __device__ constexpr size_t round_up_16(size_t bytes) { return (bytes + 15) / 16 * 16; }
-
 // Grid (blocks): every block takes an even share of (entry, pair of a gate and an up tile); half of
-// its warps do the gates, half the ups. Shared memory: [activations][partial sums of a pair][rings]
-// [plan and scratch]. Activations are of all rows where there are up to 8, else of one entry's
-// rows.
+// its warps do the gates, half the ups. Shared memory: [activations][partial sums of two pairs]
+// [rings][plan and scratch]. Activations are of all rows where there are up to 8, else of one
+// entry's rows.
 template <int kPerLane, int kStages>
 __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ MoeArgs args,
                                                        int act_rows) {
@@ -99,13 +102,13 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   int pitch = activation_pitch(m.k), picks = args.rows * args.top_k, pairs = m.tiles / 2;
   std::byte* activations = shared;
   auto* partial = reinterpret_cast<float*>(activations + act_rows * pitch);
-  std::byte* rings = reinterpret_cast<std::byte*>(partial + kWarps * act_rows * kPartialPitch);
+  int pair_floats = kWarps * act_rows * kPartialPitch;
+  std::byte* rings = reinterpret_cast<std::byte*>(partial + 2 * pair_floats);
   std::byte* ring = rings + warp * kStages * kStageBytes;
   std::byte* tail = rings + kWarps * kStages * kStageBytes;
   bool one_row = args.rows == 1;
-  Routing routing{.plan = RoutePlan(args.rows <= kEntryRows ? tail : args.plan, picks),
-                  .one_row = one_row,
-                  .in_shared = args.rows <= kEntryRows};
+  Routing routing{.plan = RoutePlan(tail, picks), .one_row = one_row};
+  bool all_rows = args.rows <= kEntryRows;  // in shared memory
   UnitRange slice = slice_units(m.k, warp % kGateUpSlices, kGateUpSlices);
   int half = warp / kGateUpSlices;
 
@@ -117,13 +120,13 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   zero_ends(activations, m.k, act_rows);
   wait_for_predecessor();
   launch_dependents();
-  if (routing.in_shared)
+  if (all_rows)
     for (int row = 0; row < args.rows; ++row) load_row(row, row, thread, kThreads);
   copy_async_commit();
   if (one_row)
     find_picks<kPerLane>(routing, args, lane);
   else
-    find_plan<kPerLane>(routing, args, tail + round_up_16(RoutePlan::bytes(picks)));
+    find_plan<kPerLane>(routing, args, tail);
   copy_async_wait<0>();  // the rows
 
   int64_t all = static_cast<int64_t>(routing.entries) * pairs;
@@ -162,7 +165,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
       entry = routing.entry(index);
       // A column of the products is a pick of the entry; beyond the last, the last again.
       int column = min(lane / 4, entry.count - 1);
-      if (routing.in_shared) {
+      if (all_rows) {
         column = one_row ? 0 : routing.pick_of(entry.first + column) / args.top_k;
       } else {
         __syncthreads();  // the rows before have been read
@@ -180,13 +183,14 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
                          feed, [&](int, int unit, int j) {
                            return *reinterpret_cast<const uint4*>(mine + unit * 128 + j * 64);
                          });
-    if (item > begin) __syncthreads();  // `partial` has been read
-    sum.store(partial + warp * entry.count * kPartialPitch, entry.count, lane);
+    // Two sets of partial sums in turn: what is written here was read before the last barrier.
+    float* sums = partial + (item & 1) * pair_floats;
+    sum.store(sums + warp * entry.count * kPartialPitch, entry.count, lane);
     __syncthreads();
     if (int row = thread / 16; row < entry.count) {
       int output = thread % 16;
-      float gate = sum_slices<kGateUpSlices>(partial, entry.count, row, output);
-      float up = sum_slices<kGateUpSlices>(partial + kGateUpSlices * entry.count * kPartialPitch,
+      float gate = sum_slices<kGateUpSlices>(sums, entry.count, row, output);
+      float up = sum_slices<kGateUpSlices>(sums + kGateUpSlices * entry.count * kPartialPitch,
                                            entry.count, row, output);
       args.routed[static_cast<int64_t>(entry.first + row) * (pairs * 16) + pair * 16 + output] =
           __float2bfloat16(silu(gate) * up);
@@ -212,9 +216,7 @@ __global__ __launch_bounds__(32 * kDownWarps,
   std::byte* rings = shared + (picks + args.rows) * 64;
   std::byte* ring = rings + warp * kStages * kStageBytes;
   std::byte* tail = rings + kDownWarps * kStages * kStageBytes;
-  Routing routing{.plan = RoutePlan(args.rows <= kEntryRows ? tail : args.plan, picks),
-                  .one_row = kOneRow,
-                  .in_shared = args.rows <= kEntryRows};
+  Routing routing{.plan = RoutePlan(tail, picks), .one_row = kOneRow};
 
   // The router's logits come from the phase before the last, so the plan is made, and the weights
   // are on their way, before the experts' activations are there. So is what the end needs.
@@ -229,7 +231,7 @@ __global__ __launch_bounds__(32 * kDownWarps,
   if constexpr (kOneRow)
     find_picks<kPerLane>(routing, args, lane);
   else
-    find_plan<kPerLane>(routing, args, tail + round_up_16(RoutePlan::bytes(picks)));
+    find_plan<kPerLane>(routing, args, tail);
 
   // This warp's share: shared-expert rows from the last warp backwards, then routed entries.
   int shared_entries = (args.rows + kEntryRows - 1) / kEntryRows;
@@ -324,8 +326,7 @@ __global__ __launch_bounds__(32 * kDownWarps,
       if (n >= entry.count) continue;
       if (!kOneRow && !is_shared) {
         pick = routing.pick_of(entry.first + n);
-        weight =
-            routing.in_shared ? routing.plan.weight[pick] : load_cg(routing.plan.weight + pick);
+        weight = routing.plan.weight[pick];
       }
       sums[pick * 16 + q + j / 2 * 8] = __fmul_rn(weight, sum.total[0][j]);
     }
@@ -351,8 +352,12 @@ __global__ __launch_bounds__(32 * kDownWarps,
   }
 }
 
-size_t plan_bytes(int picks, int experts) {
-  return round_up_16(RoutePlan::bytes(picks)) + RouteScratch::bytes(experts, picks);
+// The plan in shared memory, and what making it takes.
+size_t plan_bytes(const MoeArgs& args) {
+  if (args.rows == 1) return 0;
+  int picks = args.rows * args.top_k;
+  return round_up_16(RoutePlan::bytes(picks)) +
+         (args.rows > kEntryRows ? 0 : RouteScratch::bytes(args.experts, picks));
 }
 
 template <int kPerLane>
@@ -375,7 +380,8 @@ void CudaOps::reserve_moe() {
           " on CUDA, got ", c_.moe_intermediate_size, " and ", c_.shared_expert_intermediate_size);
   auto limit = static_cast<size_t>(device_.shared_bytes) - 1024;
   c_.num_experts <= 256 ? allow<8>(limit) : allow<16>(limit);
-  route_ = DeviceBuffer<std::byte>(RoutePlan::bytes(max_rows_ * c_.num_experts_per_tok));
+  route_ =
+      DeviceBuffer<std::byte>(round_up_16(RoutePlan::bytes(max_rows_ * c_.num_experts_per_tok)));
 }
 
 namespace {
@@ -402,12 +408,12 @@ void launch_gate_up(const Launcher& launch, const MoeArgs& args, int sms) {
     launch(route<kPerLane>, dim3(1), kRouteThreads, RouteScratch::bytes(args.experts, picks), args);
   auto bytes = [&](int stages) {
     return static_cast<size_t>(act_rows) * activation_pitch(args.gate_up.k) +
-           static_cast<size_t>(kWarps * act_rows * kPartialPitch * 4) +
-           static_cast<size_t>(kWarps * stages * kStageBytes) +
-           (many || args.rows == 1 ? 0 : plan_bytes(picks, args.experts));
+           static_cast<size_t>(2 * kWarps * act_rows * kPartialPitch * 4) +
+           static_cast<size_t>(kWarps * stages * kStageBytes) + plan_bytes(args);
   };
   int most = std::min(args.experts, picks) * args.gate_up.tiles / 2;
-  dim3 grid(static_cast<unsigned>(std::min(sms, most)));
+  // With many rows two blocks a multiprocessor hide each other's barriers and changes of rows.
+  dim3 grid(static_cast<unsigned>(std::min(many ? 2 * sms : sms, most)));
   if (args.rows == 1)
     launch(gate_up<kPerLane, 4>, grid, kThreads, bytes(4), args, act_rows);
   else
@@ -427,9 +433,8 @@ void launch_down(const Launcher& launch, const MoeArgs& args) {
     launch(down_combine<kPerLane, 3, true>, grid, 32 * kDownWarps,
            bytes(kDownWarps, 3, kDownWarps * row), args);
   } else {
-    size_t plan = args.rows > kEntryRows ? 0 : plan_bytes(picks, args.experts);
-    launch(down_combine<kPerLane, 6, false>, grid, 32 * kDownWarps, bytes(kDownWarps, 6, plan),
-           args);
+    launch(down_combine<kPerLane, 6, false>, grid, 32 * kDownWarps,
+           bytes(kDownWarps, 6, plan_bytes(args)), args);
   }
 }
 

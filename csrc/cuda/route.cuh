@@ -112,11 +112,14 @@ __device__ void build_plan(const RoutePlan& plan, const RouteScratch& scratch, c
   int threads = static_cast<int>(blockDim.x), warps = threads / 32;
   for (int e = thread; e < experts; e += threads) scratch.rows_of[e] = 0;
   __syncthreads();
+  RouterKeys<kPerLane> ahead;  // the next row's are on their way while this one's are looked at
+  if (warp < rows) ahead.load(router + static_cast<int64_t>(warp) * experts, experts, lane);
 #pragma unroll 1
   for (int row = warp; row < rows; row += warps) {
-    RouterKeys<kPerLane> keys;
+    RouterKeys<kPerLane> keys = ahead;
     int of = load_cg(slot + row);
-    keys.load(router + static_cast<int64_t>(row) * experts, experts, lane);
+    if (row + warps < rows)
+      ahead.load(router + static_cast<int64_t>(row + warps) * experts, experts, lane);
     Pick mine = pick_experts(keys, top_k, lane);
     if (lane >= top_k) continue;
     plan.weight[row * top_k + lane] = mine.weight;
@@ -139,8 +142,8 @@ __device__ void build_plan(const RoutePlan& plan, const RouteScratch& scratch, c
     }
     if (lane == 31) scratch.warp_total[warp] = sum;
     __syncthreads();
-    int before = carried, total = carried;
-    for (int w = 0; w < warps; ++w) {
+    int before = carried, total = carried, used = min(warps, (experts - base + 31) / 32);
+    for (int w = 0; w < used; ++w) {
       if (w == warp) before = total;
       total += scratch.warp_total[w];
     }
