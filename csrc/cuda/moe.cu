@@ -9,6 +9,7 @@
 #include "cuda/dense.h"
 #include "cuda/ops.h"
 #include "cuda/route.cuh"
+#include "engine/backend.h"
 
 namespace qwen_moe::cuda {
 namespace {
@@ -205,10 +206,12 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
 // Grid (hidden / 16). A block owns 16 outputs of all rows, a warp whole entries, so that the
 // weighted sum in rank order, the shared expert and the residual end in the same block. Shared
 // memory: [weighted sums (picks + rows) x 16][rings][one row's activations of every warp, or plan
-// and scratch].
-template <int kPerLane, int kStages, bool kOneRow>
-__global__ __launch_bounds__(32 * kDownWarps,
-                             2) void down_combine(const __grid_constant__ MoeArgs args) {
+// and scratch]. For one row it keeps to half of the registers, so that it starts beside the kernel
+// before.
+template <int kPerLane, int kStages, int kMostRows>
+__global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_combine(
+    const __grid_constant__ MoeArgs args) {
+  constexpr bool kOneRow = kMostRows == 1;
   extern __shared__ __align__(128) std::byte shared[];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   int tile = static_cast<int>(blockIdx.x), picks = args.rows * args.top_k;
@@ -220,13 +223,17 @@ __global__ __launch_bounds__(32 * kDownWarps,
 
   // The router's logits come from the phase before the last, so the plan is made, and the weights
   // are on their way, before the experts' activations are there. So is what the end needs.
+  constexpr int kRounds = (kMostRows + 2 * kDownWarps - 1) / (2 * kDownWarps);
   int first_row = thread / 16, output = tile * 16 + thread % 16;
-  float residual = 0, scale = 0;
-  int slot = 0;
-  if (first_row < args.rows) {
-    residual = load_cg(args.hidden + static_cast<int64_t>(first_row) * args.down.n + output);
-    scale = load_cg(args.shared_scale + first_row);
-    slot = load_cg(args.slot + first_row);
+  float residual[kRounds], scale[kRounds];
+  int slot[kRounds] = {};
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    int row = first_row + r * 2 * kDownWarps;
+    if (row >= args.rows) break;
+    residual[r] = load_cg(args.hidden + static_cast<int64_t>(row) * args.down.n + output);
+    scale[r] = load_cg(args.shared_scale + row);
+    slot[r] = load_cg(args.slot + row);
   }
   if constexpr (kOneRow)
     find_picks<kPerLane>(routing, args, lane);
@@ -268,24 +275,55 @@ __global__ __launch_bounds__(32 * kDownWarps,
 
   int stage = 0, q = lane / 4, t = lane % 4;
   bool waited = false;
+  // The shared expert's activations are as old as the router's logits, the others' are new.
+  auto wait_for_routed = [&](int index) {
+    if (waited || index < own_shared) return;
+    wait_for_predecessor();
+    launch_dependents();
+    waited = true;
+  };
+  // For more rows than one: the lane's activations of the next chunk, of this entry or the next,
+  // are on their way while a chunk is summed.
+  uint4 ahead[8];
+  const uint4* ahead_from = nullptr;
+  int ahead_index = 0, ahead_unit = 0, ahead_units = 0, ahead_step = 0;
+  auto load_ahead = [&] {
+    if (ahead_index >= count) return;
+    if (ahead_unit == 0) {
+      wait_for_routed(ahead_index);
+      RouteEntry entry = entry_at(ahead_index);
+      const Matrix& m = entry.expert < 0 ? args.shared_down : args.down;
+      ahead_units = m.k / kUnit;
+      ahead_step = chunk_units(m.format);
+      ahead_from = reinterpret_cast<const uint4*>(
+                       (entry.expert < 0 ? args.shared : args.routed) +
+                       static_cast<int64_t>(entry.first + min(q, entry.count - 1)) * m.k) +
+                   t;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      ahead[i] = uint4{0, 0, 0, 0};
+      if (i / 2 < min(ahead_step, ahead_units - ahead_unit))
+        ahead[i] = load_cg(ahead_from + (ahead_unit * 8 + i * 4));
+    }
+    ahead_unit += ahead_step;
+    if (ahead_unit < ahead_units) return;
+    ahead_unit = 0;
+    ++ahead_index;
+  };
+  if constexpr (!kOneRow) load_ahead();
 #pragma unroll 1
   for (int index = 0; index < count; ++index) {
-    // The shared expert's activations are as old as the router's logits.
-    if (index == own_shared) {
-      wait_for_predecessor();
-      launch_dependents();
-      waited = true;
-    }
+    if (kOneRow) wait_for_routed(index);
     RouteEntry entry = entry_at(index);
     bool is_shared = entry.expert < 0;
     const Matrix& m = is_shared ? args.shared_down : args.down;
-    const auto* from = reinterpret_cast<const uint4*>(
-        (is_shared ? args.shared : args.routed) +
-        static_cast<int64_t>(entry.first + min(q, entry.count - 1)) * m.k);
     UnitRange all{0, m.k / kUnit};
     TileSum<1> sum;
     sum.clear();
     if constexpr (kOneRow) {
+      const auto* from = reinterpret_cast<const uint4*>((is_shared ? args.shared : args.routed) +
+                                                        static_cast<int64_t>(entry.first) * m.k);
       auto* x = reinterpret_cast<uint4*>(tail) + warp * (max(args.down.k, args.shared_down.k) / 8);
       __syncwarp();
       for (int at = lane; at < m.k / 8; at += 32) x[at] = load_cg(from + at);
@@ -300,17 +338,14 @@ __global__ __launch_bounds__(32 * kDownWarps,
       int step = chunk_units(m.format);
 #pragma unroll 1
       for (int unit = 0; unit < all.end; unit += step) {
-        int units = min(step, all.end - unit);
-        uint4 b[8];  // on their way while the weights are waited for
+        uint4 b[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          b[i] = uint4{0, 0, 0, 0};
-          if (i / 2 < units) b[i] = load_cg(from + (unit * 8 + i * 4 + t));
-        }
+        for (int i = 0; i < 8; ++i) b[i] = ahead[i];
+        load_ahead();
         copy_async_wait<kStages - 1>();
         __syncwarp();
-        sum.add(unit_shift_of(m.format), m.group_shift, ring + stage * kStageBytes, units, lane,
-                [&](int, int u, int j) { return b[u * 2 + j]; });
+        sum.add(unit_shift_of(m.format), m.group_shift, ring + stage * kStageBytes,
+                min(step, all.end - unit), lane, [&](int, int u, int j) { return b[u * 2 + j]; });
         __syncwarp();
         feed(stage);
         stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -336,19 +371,16 @@ __global__ __launch_bounds__(32 * kDownWarps,
     launch_dependents();
   }
   __syncthreads();
-  for (int row = first_row; row < args.rows; row += 2 * kDownWarps) {
-    float* hidden = args.hidden + static_cast<int64_t>(row) * args.down.n + output;
-    if (row >= 2 * kDownWarps) {
-      residual = load_cg(hidden);
-      scale = load_cg(args.shared_scale + row);
-      slot = load_cg(args.slot + row);
-    }
-    if (slot == 0) continue;
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    int row = first_row + r * 2 * kDownWarps;
+    if (row >= args.rows || slot[r] == 0) continue;
     float sum = 0;
     for (int rank = 0; rank < args.top_k; ++rank)
       sum = __fadd_rn(sum, sums[(row * args.top_k + rank) * 16 + thread % 16]);
-    float gated = __fmul_rn(sigmoid(scale), sums[(picks + row) * 16 + thread % 16]);
-    *hidden = __fadd_rn(residual, __fadd_rn(sum, gated));
+    float gated = __fmul_rn(sigmoid(scale[r]), sums[(picks + row) * 16 + thread % 16]);
+    args.hidden[static_cast<int64_t>(row) * args.down.n + output] =
+        __fadd_rn(residual[r], __fadd_rn(sum, gated));
   }
 }
 
@@ -365,8 +397,8 @@ void allow(size_t limit) {
   allow_shared(route<kPerLane>, limit);
   allow_shared(gate_up<kPerLane, 4>, limit);
   allow_shared(gate_up<kPerLane, 3>, limit);
-  allow_shared(down_combine<kPerLane, 3, true>, limit);
-  allow_shared(down_combine<kPerLane, 6, false>, limit);
+  allow_shared(down_combine<kPerLane, 3, 1>, limit);
+  allow_shared(down_combine<kPerLane, 6, kMaxRows>, limit);
 }
 
 }  // namespace
@@ -424,18 +456,16 @@ template <int kPerLane>
 void launch_down(const Launcher& launch, const MoeArgs& args) {
   int picks = args.rows * args.top_k;
   dim3 grid(static_cast<unsigned>(args.down.tiles));
-  auto bytes = [&](int warps, int stages, size_t tail) {
+  auto bytes = [&](int stages, size_t tail) {
     return static_cast<size_t>(picks + args.rows) * 64 +
-           static_cast<size_t>(warps * stages * kStageBytes) + tail;
+           static_cast<size_t>(kDownWarps * stages * kStageBytes) + tail;
   };
-  if (args.rows == 1) {
-    auto row = static_cast<size_t>(2 * std::max(args.down.k, args.shared_down.k));
-    launch(down_combine<kPerLane, 3, true>, grid, 32 * kDownWarps,
-           bytes(kDownWarps, 3, kDownWarps * row), args);
-  } else {
-    launch(down_combine<kPerLane, 6, false>, grid, 32 * kDownWarps,
-           bytes(kDownWarps, 6, plan_bytes(args)), args);
-  }
+  auto row = static_cast<size_t>(2 * std::max(args.down.k, args.shared_down.k));
+  constexpr int threads = 32 * kDownWarps;
+  if (args.rows == 1)
+    launch(down_combine<kPerLane, 3, 1>, grid, threads, bytes(3, kDownWarps * row), args);
+  else
+    launch(down_combine<kPerLane, 6, kMaxRows>, grid, threads, bytes(6, plan_bytes(args)), args);
 }
 
 }  // namespace
