@@ -62,13 +62,20 @@ struct Routing {
 
 __host__ __device__ constexpr size_t round_up_16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// One row's routing, by one warp.
+// One row's routing, by one warp for its block: all of them at it would take each other's issue
+// slots, and those of the kernel before. All threads of a block.
 template <int kPerLane>
-__device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args, int lane) {
+__device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args, int warp,
+                                           int lane) {
+  __shared__ Pick picks[32];
   int slot = load_cg(args.slot);
-  RouterKeys<kPerLane> keys;
-  keys.load(args.router, args.experts, lane);
-  routing.pick = pick_experts(keys, args.top_k, lane);
+  if (warp == 0) {
+    RouterKeys<kPerLane> keys;
+    keys.load(args.router, args.experts, lane);
+    picks[lane] = pick_experts(keys, args.top_k, lane);
+  }
+  __syncthreads();
+  routing.pick = picks[lane];
   routing.entries = slot == 0 ? 0 : args.top_k;
 }
 
@@ -125,7 +132,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
     for (int row = 0; row < args.rows; ++row) load_row(row, row, thread, kThreads);
   copy_async_commit();
   if (one_row)
-    find_picks<kPerLane>(routing, args, lane);
+    find_picks<kPerLane>(routing, args, warp, lane);
   else
     find_plan<kPerLane>(routing, args, tail);
   copy_async_wait<0>();  // the rows
@@ -236,7 +243,7 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_
     slot[r] = load_cg(args.slot + row);
   }
   if constexpr (kOneRow)
-    find_picks<kPerLane>(routing, args, lane);
+    find_picks<kPerLane>(routing, args, warp, lane);
   else
     find_plan<kPerLane>(routing, args, tail);
 

@@ -1,7 +1,7 @@
 // Which experts take which rows of a step, worked out on the device.
 //
-// For one row every warp finds the experts itself; for up to 8 rows every block does; for more, one
-// kernel does it once and the blocks read its plan.
+// For one row a warp of every block finds the experts; for up to 8 rows every block does; for more,
+// one kernel does it once and the blocks read its plan.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -78,18 +78,27 @@ __device__ __forceinline__ Pick pick_experts(RouterKeys<kPerLane>& keys, int top
   uint32_t own = 0, top = 0;
 #pragma unroll 1
   for (int rank = 0; rank < top_k; ++rank) {
-    uint32_t best = keys.key[0];
+    uint32_t best[kPerLane];
 #pragma unroll
-    for (int j = 1; j < kPerLane; ++j) best = max(best, keys.key[j]);
-    uint32_t most = __reduce_max_sync(0xffffffffu, best);
+    for (int j = 0; j < kPerLane; ++j) best[j] = keys.key[j];
+#pragma unroll
+    for (int level = 1; level <= 4; ++level)
+#pragma unroll
+      for (int j = 0; j < kPerLane / 2; ++j)
+        if (j < kPerLane >> level) best[j] = max(best[j], best[j + (kPerLane >> level)]);
+    uint32_t most = __reduce_max_sync(0xffffffffu, best[0]);
     uint32_t candidate = ~0u;
 #pragma unroll
     for (int j = kPerLane - 1; j >= 0; --j)
       if (keys.key[j] == most) candidate = static_cast<uint32_t>(j * 32 + lane);
-    uint32_t expert = __reduce_min_sync(0xffffffffu, candidate);
+    uint32_t holders = __ballot_sync(0xffffffffu, best[0] == most);
+    int holder = __ffs(static_cast<int>(holders)) - 1;
+    if ((holders & (holders - 1)) != 0)  // a tie of lanes
+      holder = static_cast<int>(__reduce_min_sync(0xffffffffu, candidate) % 32);
+    uint32_t expert = __shfl_sync(0xffffffffu, candidate, holder);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j)
-      if (expert == static_cast<uint32_t>(j * 32 + lane)) keys.key[j] = 0;
+      if (lane == holder && candidate == static_cast<uint32_t>(j * 32 + lane)) keys.key[j] = 0;
     if (rank == 0) top = most;
     if (lane == rank) {
       mine.expert = static_cast<int>(expert);
