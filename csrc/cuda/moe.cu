@@ -451,8 +451,8 @@ void launch_gate_up(const Launcher& launch, const MoeArgs& args, int sms) {
            static_cast<size_t>(kWarps * stages * kStageBytes) + plan_bytes(args);
   };
   int most = std::min(args.experts, picks) * args.gate_up.tiles / 2;
-  // With many rows two blocks a multiprocessor hide each other's barriers and changes of rows.
-  dim3 grid(static_cast<unsigned>(std::min(many ? 2 * sms : sms, most)));
+  // Of several rows, two blocks a multiprocessor hide each other's barriers and changes of rows.
+  dim3 grid(static_cast<unsigned>(std::min(args.rows > 1 ? 2 * sms : sms, most)));
   if (args.rows == 1)
     launch(gate_up<kPerLane, 4>, grid, kThreads, bytes(4), args, act_rows);
   else
