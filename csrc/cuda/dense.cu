@@ -112,6 +112,7 @@ __global__ __launch_bounds__(kThreads, kRowTiles <= 1 ? 2 : 1) void project(
   UnitRange slice = slice_units(args.k, warp, kWarps);
 
   int first_tile = 0, count = 0;
+  uint32_t held_items = held_address(items);
   if (args.items) {
     const int32_t* from = args.items + static_cast<int>(blockIdx.x) * args.items_stride;
     if (thread < args.items_stride - 1) {
@@ -127,7 +128,10 @@ __global__ __launch_bounds__(kThreads, kRowTiles <= 1 ? 2 : 1) void project(
     count = static_cast<int>((block + 1) * tiles / blocks) - first_tile;
   }
   auto tile_at = [&](int i) {
-    if (args.items) return items[i];
+    if (args.items) {
+      uint4 item = load_shared_16(held_items + static_cast<uint32_t>(i) * sizeof(Tile));
+      return *reinterpret_cast<const Tile*>(&item);
+    }
     const Matrix& m = args.segment[0];
     return Tile(m, m.data + (first_tile + i) * m.tile_bytes);
   };
@@ -204,12 +208,12 @@ __global__ __launch_bounds__(kThreads, kRowTiles <= 1 ? 2 : 1) void project(
   __syncthreads();
 
   // Columns of the products beyond the last row take the last row again; nobody reads them.
-  const std::byte* mine[kTiles];
+  uint32_t mine[kTiles];
 #pragma unroll
   for (int i = 0; i < kTiles; ++i)
-    mine[i] = activations + min(8 * i + lane / 4, rows - 1) * pitch + lane % 4 * 16;
+    mine[i] = held_address(activations + min(8 * i + lane / 4, rows - 1) * pitch + lane % 4 * 16);
   auto rows_of = [&](int i, int unit, int half) {
-    return *reinterpret_cast<const uint4*>(mine[i] + unit * 128 + half * 64);
+    return load_shared_16(mine[i] + unit * 128 + half * 64);
   };
   int stage = 0;
   for (int begin = 0; begin < count; begin += args.flush_tiles) {

@@ -37,12 +37,32 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// The address as a value that the compiler cannot work out again: left to itself it does so in
+// every round of a loop, with a slow read of the block's place in its cluster. All lanes of a warp.
+__device__ __forceinline__ uint32_t held_address(const void* shared) {
+  return __shfl_sync(0xffffffffu, shared_address(shared), static_cast<int>(threadIdx.x % 32));
+}
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address));
+  return x;
+}
+
 // 16 bytes from global to shared memory, past L1.
 __device__ __forceinline__ void copy_async_16(uint32_t to, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
   copy_async_16(shared_address(shared), global);
+}
+__device__ __forceinline__ void copy_async_16_if(bool copy, uint32_t to, const void* global) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(
+          to),
+      "l"(global), "r"(static_cast<int>(copy))
+      : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -165,7 +165,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
 
   int current = -1, stage = 0;
   RouteEntry entry{0, 0, 0};
-  const std::byte* mine = activations;
+  uint32_t mine = 0, held = held_address(activations);
 #pragma unroll 1
   for (int item = begin; item < end; ++item) {
     if (index != current) {
@@ -183,14 +183,13 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
         copy_async_wait<0>();
         __syncthreads();
       }
-      mine = activations + column * pitch + lane % 4 * 16;
+      mine = held + static_cast<uint32_t>(column * pitch + lane % 4 * 16);
     }
     TileSum<1> sum;
     sum.clear();
-    add_tile<1, kStages>(sum, unit_shift_of(m.format), m.group_shift, slice, ring, stage, lane,
-                         feed, [&](int, int unit, int j) {
-                           return *reinterpret_cast<const uint4*>(mine + unit * 128 + j * 64);
-                         });
+    add_tile<1, kStages>(
+        sum, unit_shift_of(m.format), m.group_shift, slice, ring, stage, lane, feed,
+        [&](int, int unit, int j) { return load_shared_16(mine + unit * 128 + j * 64); });
     // Two sets of partial sums in turn: what is written here was read before the last barrier.
     float* sums = partial + (item & 1) * pair_floats;
     sum.store(sums + warp * entry.count * kPartialPitch, entry.count, lane);

@@ -110,18 +110,18 @@ struct TileCopy {
   __device__ __forceinline__ void next_chunk(uint32_t to, int lane) {
     int units = min(kChunkBytes >> unit_shift, left), bytes = units << unit_shift;
     left -= units;
-    copy_async_16(to, codes);
-    if (bytes == kChunkBytes) {
+    int scale_bytes = group_shift < 0 ? 0 : units >> group_shift << 5;
+    bool has_scales = lane * 16 < scale_bytes;
+    if (bytes == kChunkBytes) {  // in one go: every group of copies has a cost
 #pragma unroll
-      for (int i = 512; i < kChunkBytes; i += 512) copy_async_16(to + i, codes + i);
+      for (int i = 0; i < kChunkBytes; i += 512) copy_async_16(to + i, codes + i);
+      copy_async_16_if(has_scales, to + kChunkBytes, scales);
     } else {
 #pragma unroll 1
-      for (int i = 512; i < bytes; i += 512) copy_async_16(to + i, codes + i);
+      for (int i = 0; i < bytes; i += 512) copy_async_16(to + i, codes + i);
+      copy_async_16_if(has_scales, to + kChunkBytes, scales);
     }
     codes += bytes;
-    if (group_shift < 0) return;
-    int scale_bytes = units >> group_shift << 5;
-    if (lane * 16 < scale_bytes) copy_async_16(to + kChunkBytes, scales);
     scales += scale_bytes;
   }
 };
