@@ -72,6 +72,25 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Weights into registers, past L1: no block reads them again. Asked for here, not where they are
+// used.
+__device__ __forceinline__ uint4 load_weights(const void* global) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(global));
+  return x;
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
+// A barrier for `threads` threads of a block; 0 is that of __syncthreads.
+__device__ __forceinline__ void group_barrier(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // d[16, 8] += a[16, 16] b[16, 8], bf16 in, f32 out. With q = lane / 4 and t = lane % 4: a holds
 // rows (q, q + 8, q, q + 8) at k pairs (2t, 2t, 2t + 8, 2t + 8), b column q at k pairs (2t, 2t +
 // 8), d rows (q, q, q + 8, q + 8) at columns (2t, 2t + 1, 2t, 2t + 1).

@@ -350,7 +350,7 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_
         load_ahead();
         copy_async_wait<kStages - 1>();
         __syncwarp();
-        sum.add(unit_shift_of(m.format), m.group_shift, ring + stage * kStageBytes,
+        sum.add(unit_shift_of(m.format), m.group_shift, StagedChunk{ring + stage * kStageBytes},
                 min(step, all.end - unit), lane, [&](int, int u, int j) { return b[u * 2 + j]; });
         __syncwarp();
         feed(stage);
