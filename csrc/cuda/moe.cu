@@ -66,14 +66,14 @@ __host__ __device__ constexpr size_t round_up_16(size_t bytes) { return (bytes +
 // One row's routing, by one warp for its block: all of them at it would take each other's issue
 // slots, and those of the kernel before. All threads of a block.
 template <int kPerLane>
-__device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args, int warp,
-                                           int lane) {
+__device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args, int ranks,
+                                           bool weigh, int warp, int lane) {
   __shared__ Pick picks[32];
   int slot = load_cg(args.slot);
   if (warp == 0) {
     RouterKeys<kPerLane> keys;
     keys.load(args.router, args.experts, lane);
-    picks[lane] = pick_experts(keys, args.top_k, lane);
+    picks[lane] = pick_experts(keys, ranks, weigh, lane);
   }
   __syncthreads();
   routing.pick = picks[lane];
@@ -126,6 +126,18 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
     for (int v = from_thread; v < m.k / 8; v += threads)
       copy_async_16(activations + to * pitch + v * 16, from + v * 8);
   };
+  // This block's share. That of one row is known before the row is; its block looks for no expert
+  // beyond its own, so that the first weights are asked for early.
+  struct Share {
+    int begin, end;
+  };
+  auto share_of = [&](int entries) {
+    auto all = static_cast<unsigned>(entries * pairs);
+    return Share{static_cast<int>(all * blockIdx.x / gridDim.x),
+                 static_cast<int>(all * (blockIdx.x + 1) / gridDim.x)};
+  };
+  Share share = share_of(args.top_k);
+  int last_rank = (share.end - 1) / pairs;
   zero_ends(activations, m.k, act_rows);
   wait_for_predecessor();
   launch_dependents();
@@ -133,14 +145,12 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
     for (int row = 0; row < args.rows; ++row) load_row(row, row, thread, kThreads);
   copy_async_commit();
   if (one_row)
-    find_picks<kPerLane>(routing, args, warp, lane);
+    find_picks<kPerLane>(routing, args, last_rank + 1, false, warp, lane);
   else
     find_plan<kPerLane>(routing, args, tail);
-  copy_async_wait<0>();  // the rows
 
-  int64_t all = static_cast<int64_t>(routing.entries) * pairs;
-  int begin = static_cast<int>(all * blockIdx.x / gridDim.x);
-  int end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x);
+  if (!one_row) share = share_of(routing.entries);
+  int begin = share.begin, end = routing.entries == 0 ? begin : share.end;
   int index = begin / pairs, pair = begin - index * pairs;
 
   TileCopy copy;
@@ -162,6 +172,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   };
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) feed(i);
+  copy_async_wait<kStages>();  // the rows
   __syncthreads();
 
   int current = -1, stage = 0;
@@ -243,7 +254,7 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows <= kFewRows ? 2 : 1) voi
     slot[r] = load_cg(args.slot + row);
   }
   if constexpr (kOneRow)
-    find_picks<kPerLane>(routing, args, warp, lane);
+    find_picks<kPerLane>(routing, args, args.top_k, true, warp, lane);
   else
     find_plan<kPerLane>(routing, args, tail);
 

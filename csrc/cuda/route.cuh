@@ -70,14 +70,15 @@ struct RouterKeys {
   }
 };
 
-// The top_k likeliest experts of a row, ties to the lowest index, and their softmax renormalised to
-// sum 1. All lanes of a warp; experts <= 32 * kPerLane.
+// The `ranks` likeliest experts of a row, ties to the lowest index, and with `weigh` their softmax
+// renormalised to sum 1. All lanes of a warp; experts <= 32 * kPerLane.
 template <int kPerLane>
-__device__ __forceinline__ Pick pick_experts(RouterKeys<kPerLane>& keys, int top_k, int lane) {
+__device__ __forceinline__ Pick pick_experts(RouterKeys<kPerLane>& keys, int ranks, bool weigh,
+                                             int lane) {
   Pick mine{0, 0.0f};
   uint32_t own = 0, top = 0;
 #pragma unroll 1
-  for (int rank = 0; rank < top_k; ++rank) {
+  for (int rank = 0; rank < ranks; ++rank) {
     uint32_t best[kPerLane];
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) best[j] = keys.key[j];
@@ -105,10 +106,11 @@ __device__ __forceinline__ Pick pick_experts(RouterKeys<kPerLane>& keys, int top
       own = most;
     }
   }
+  if (!weigh) return mine;
   auto logit = [](uint32_t key) {
     return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
   };
-  if (lane < top_k) mine.weight = expf(logit(own) - logit(top));
+  if (lane < ranks) mine.weight = expf(logit(own) - logit(top));
   mine.weight /= warp_sum(mine.weight);
   return mine;
 }
@@ -129,7 +131,7 @@ __device__ void build_plan(const RoutePlan& plan, const RouteScratch& scratch, c
     int of = load_cg(slot + row);
     if (row + warps < rows)
       ahead.load(router + static_cast<int64_t>(row + warps) * experts, experts, lane);
-    Pick mine = pick_experts(keys, top_k, lane);
+    Pick mine = pick_experts(keys, top_k, true, lane);
     if (lane >= top_k) continue;
     plan.weight[row * top_k + lane] = mine.weight;
     scratch.expert[row * top_k + lane] = static_cast<int16_t>(of == 0 ? -1 : mine.expert);
