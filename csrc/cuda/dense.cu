@@ -217,10 +217,11 @@ bool CudaOps::project_wide_rows(ProjectArgs& args, std::span<const WeightView* c
 
 void CudaOps::project_rows(ProjectArgs& args, std::span<const WeightView* const> views,
                            bool pairs) {
+  args.inverse_k = 1.0f / static_cast<float>(args.k);  // a division is slow, and waited for
   if (args.rows > kRowsFused && args.hidden != nullptr) {
     bf16* to = args.normed ? args.normed : normed_.data();
     launch_(norm_rows, dim3(static_cast<unsigned>(args.rows)), kThreads, 0, to, args.hidden,
-            args.norm, args.k, args.eps);
+            args.norm, args.k, args.inverse_k, args.eps);
     args.hidden = nullptr;
     args.normed = nullptr;
     args.input = to;

@@ -12,11 +12,11 @@ inline constexpr int kNormVectors = 4;  // float4s of a row that one thread hold
 __device__ __forceinline__ float squares(float sum, const float4& x) {
   return fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, fmaf(x.x, x.x, sum))));
 }
-__device__ __forceinline__ float rms_scale(const float* warp_sums, int k, float eps) {
+__device__ __forceinline__ float rms_scale(const float* warp_sums, float inverse_k, float eps) {
   float sum = warp_sums[0];
 #pragma unroll
   for (int w = 1; w < kWarps; ++w) sum += warp_sums[w];
-  return rsqrtf(sum / static_cast<float>(k) + eps);
+  return rsqrtf(fmaf(sum, inverse_k, eps));
 }
 __device__ __forceinline__ uint2 normed_values(const float4& x, float scale, const float4& w) {
   return {pack_bf16(x.x * scale * w.x, x.y * scale * w.y),
@@ -25,7 +25,8 @@ __device__ __forceinline__ uint2 normed_values(const float4& x, float scale, con
 
 // One block per row: what the projection kernel does itself for a few rows.
 static __global__ __launch_bounds__(kThreads) void norm_rows(bf16* out, const float* hidden,
-                                                             const float* norm, int k, float eps) {
+                                                             const float* norm, int k,
+                                                             float inverse_k, float eps) {
   __shared__ float warp_sums[kWarps];
   int thread = static_cast<int>(threadIdx.x);
   int64_t row = static_cast<int64_t>(blockIdx.x) * k;
@@ -46,7 +47,7 @@ static __global__ __launch_bounds__(kThreads) void norm_rows(bf16* out, const fl
   sum = warp_sum(sum);
   if (thread % 32 == 0) warp_sums[thread / 32] = sum;
   __syncthreads();
-  float scale = rms_scale(warp_sums, k, eps);
+  float scale = rms_scale(warp_sums, inverse_k, eps);
 #pragma unroll
   for (int v = 0; v < kNormVectors; ++v)
     if (int at = v * 4 * kThreads + thread * 4; at < k)
@@ -82,7 +83,7 @@ __device__ __forceinline__ void norm_block(std::byte* to, int pitch, const Proje
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (r >= rows) break;
-    float scale = rms_scale(warp_sums[r], args.k, args.eps);
+    float scale = rms_scale(warp_sums[r], args.inverse_k, args.eps);
     bool write = args.normed != nullptr && blockIdx.x == (first + r) % gridDim.x;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
