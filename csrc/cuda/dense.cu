@@ -34,6 +34,7 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
       shared + rows * pitch + args.flush_tiles * partial_floats * 4 + warp * kStages * kStageBytes;
   UnitRange slice = slice_units(args.k, warp, kWarps);
 
+  int only_slot = kOneRow ? slot_of(args, 0) : 0;  // on its way while the tiles are listed
   const TileList list(args, items, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   int count = list.count;
   if (args.items) __syncthreads();
@@ -64,9 +65,9 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
       int at = thread / 16 + r * (kThreads / 16);
       if (at >= most) break;
       TileList::Place place = list.place(begin + at / rows);
-      int row = first_row + at % rows;
-      extra[r] =
-          extra_of(args, place.segment, row, place.tile * 16 + own_output, slot_of(args, row));
+      int row = first_row + at % rows, slot = kOneRow ? only_slot : slot_of(args, row);
+      extra[r] = extra_of(args, place.segment, row, place.tile * 16 + own_output, slot);
+      if (!kOneRow && args.epilogue == Epilogue::conv) extra[r].settle();  // registers are short
     }
   };
   load_extra(0);
@@ -131,6 +132,7 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
       if (at >= tiles * rows) break;
       int i = at / rows, row = at - i * rows;
       const float* from = partial + i * partial_floats;
+      if (kOneRow && args.epilogue == Epilogue::conv) extra[r].settle();
       finish_sums(args, list.place(begin + i), first_row, rows, row, own_output, from,
                   from - partial_floats, extra[r]);
     }

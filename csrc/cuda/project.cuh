@@ -51,8 +51,11 @@ struct TileList {
 // What a finished output needs besides its sum, read early where that hides its latency.
 struct Extra {
   int slot = 0;
-  float a = 0;                   // the residual, or what the conv window adds to an output
-  float b = 0, c = 0, last = 0;  // the window's newer half, and the tap of this token
+  float a = 0, b = 0, c = 0;  // the residual; or the conv window, oldest first
+  float tap[4] = {};
+
+  // The causal conv without this token, into `a`: waits for what was asked for.
+  __device__ __forceinline__ void settle() { a = fmaf(tap[2], c, fmaf(tap[1], b, tap[0] * a)); }
 };
 
 __device__ __forceinline__ Extra extra_of(const ProjectArgs& args, int segment, int row, int n,
@@ -62,16 +65,12 @@ __device__ __forceinline__ Extra extra_of(const ProjectArgs& args, int segment, 
   if (args.epilogue == Epilogue::residual) {
     extra.a = load_cg(args.out + row * args.out_stride + n);
   } else if (args.epilogue == Epilogue::conv && segment == 0) {
-    // The causal conv over the window, oldest first.
     const float *taps = args.conv1d + n, *window = args.state.at(slot) + n;
-    float tap[3];
 #pragma unroll
-    for (int i = 0; i < 3; ++i) tap[i] = __ldg(taps + i * args.n);
-    extra.last = __ldg(taps + 3 * args.n);
+    for (int i = 0; i < 4; ++i) extra.tap[i] = __ldg(taps + i * args.n);
     extra.a = load_cg(window);
     extra.b = load_cg(window + args.n);
     extra.c = load_cg(window + 2 * args.n);
-    extra.a = fmaf(tap[2], extra.c, fmaf(tap[1], extra.b, tap[0] * extra.a));
   }
   return extra;
 }
@@ -91,7 +90,7 @@ __device__ __forceinline__ int slot_of(const ProjectArgs& args, int row) {
   return args.slot == nullptr ? 0 : load_cg(args.slot + row);
 }
 
-// `before` is the sum of the tile before this one in the block: the gate of an
+// `extra` is settled; `before` is the sum of the tile before this one in the block: the gate of an
 // up tile.
 __device__ __forceinline__ void finish_output(const ProjectArgs& args, int segment, int row, int n,
                                               float sum, float before, const Extra& extra) {
@@ -104,7 +103,7 @@ __device__ __forceinline__ void finish_output(const ProjectArgs& args, int segme
         *out = sum;
         return;
       }
-      *out = silu(fmaf(extra.last, sum, extra.a));
+      *out = silu(fmaf(extra.tap[3], sum, extra.a));
       if (extra.slot == 0) return;
       float* window = args.state.at(extra.slot);
       window[n] = extra.b;

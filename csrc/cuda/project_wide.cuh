@@ -113,6 +113,7 @@ __global__ __launch_bounds__(kWideThreads,
     const float* from = partial + set * tile_floats;
     for (int t = 0; t < tiles; ++t)
       for_outputs(begin + t, [&](int r, int row, TileList::Place place, int) {
+        if (args.epilogue == Epilogue::conv) extra[r].settle();
         finish_sums(args, place, first_row, rows, row, own_output, from + t * tile_floats, from,
                     extra[r]);
       });
