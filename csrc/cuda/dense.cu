@@ -72,12 +72,19 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
   };
   load_extra(0);
 
+  // Columns of the products beyond the last row take the last row again; nobody reads them.
+  uint32_t mine = held_address(activations + min(lane / 4, rows - 1) * pitch + lane % 4 * 16);
+  auto rows_of = [&](int, int unit, int half) {
+    return load_shared_16(mine + unit * 128 + half * 64);
+  };
+
   if (args.input != nullptr) {
     wait_for_predecessor();
     launch_dependents();
     load_rows<kThreads>(activations, pitch, args.input + first_row * args.input_stride,
                         args.input_stride, rows, args.k);
   } else {
+    int block = block_index();
     float4 weight[kNormVectors] = {};
 #pragma unroll
     for (int v = 0; v < kNormVectors; ++v)
@@ -86,29 +93,28 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
     wait_for_predecessor();
     launch_dependents();
     if constexpr (kOneRow) {
-      norm_block<1, kNormVectors>(activations, pitch, args, first_row, 1, weight);
+      if (args.k <= kNormVectors / 2 * 4 * kThreads)
+        norm_block<1, kNormVectors / 2>(activations, pitch, args, block, first_row, 1, weight);
+      else
+        norm_block<1, kNormVectors>(activations, pitch, args, block, first_row, 1, weight);
     } else {
       // As many rows at once as registers hold; more than 8 come normed.
       constexpr int kFew = 4, kMany = 8;
       if (rows > kFew && args.k <= kNormVectors / 2 * 4 * kThreads) {
-        norm_block<kMany, kNormVectors / 2>(activations, pitch, args, first_row, rows, weight);
+        norm_block<kMany, kNormVectors / 2>(activations, pitch, args, block, first_row, rows,
+                                            weight);
       } else {
 #pragma unroll 1
         for (int row = 0; row < rows; row += kFew) {
           if (row > 0) __syncthreads();  // the sums have been read
-          norm_block<kFew, kNormVectors>(activations + row * pitch, pitch, args, first_row + row,
-                                         rows - row, weight);
+          norm_block<kFew, kNormVectors>(activations + row * pitch, pitch, args, block,
+                                         first_row + row, rows - row, weight);
         }
       }
     }
   }
   __syncthreads();
 
-  // Columns of the products beyond the last row take the last row again; nobody reads them.
-  uint32_t mine = held_address(activations + min(lane / 4, rows - 1) * pitch + lane % 4 * 16);
-  auto rows_of = [&](int, int unit, int half) {
-    return load_shared_16(mine + unit * 128 + half * 64);
-  };
   int stage = 0;
   for (int begin = 0; begin < count; begin += args.flush_tiles) {
     int tiles = min(args.flush_tiles, count - begin);

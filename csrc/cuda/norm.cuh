@@ -57,7 +57,7 @@ static __global__ __launch_bounds__(kThreads) void norm_rows(bf16* out, const fl
 // RMSNorm of up to kRows rows by the whole block; their loads hide each other's latency.
 template <int kRows, int kVectors>
 __device__ __forceinline__ void norm_block(std::byte* to, int pitch, const ProjectArgs& args,
-                                           int first, int rows,
+                                           int block, int first, int rows,
                                            const float4 (&weight)[kNormVectors]) {
   __shared__ float warp_sums[kRows][kWarps];
   int thread = static_cast<int>(threadIdx.x);
@@ -84,7 +84,7 @@ __device__ __forceinline__ void norm_block(std::byte* to, int pitch, const Proje
   for (int r = 0; r < kRows; ++r) {
     if (r >= rows) break;
     float scale = rms_scale(warp_sums[r], args.inverse_k, args.eps);
-    bool write = args.normed != nullptr && blockIdx.x == (first + r) % gridDim.x;
+    bool write = args.normed != nullptr && block == (first + r) % static_cast<int>(gridDim.x);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
       if (int at = v * 4 * kThreads + thread * 4; at < args.k) {

@@ -29,9 +29,9 @@ struct TileList {
       }
       count = __ldg(from);
     } else {
-      int64_t tiles = args.segment[0].tiles;
-      first = static_cast<int>(block * tiles / blocks);
-      count = static_cast<int>((block + 1) * tiles / blocks) - first;
+      auto tiles = static_cast<unsigned>(args.segment[0].tiles), of = static_cast<unsigned>(blocks);
+      first = static_cast<int>(static_cast<unsigned>(block) * tiles / of);
+      count = static_cast<int>(static_cast<unsigned>(block + 1) * tiles / of) - first;
     }
   }
   __device__ __forceinline__ Tile tile(int i) const {
