@@ -24,7 +24,7 @@ struct ProjectArgs {
   // Input: RMSNorm of hidden, or rows of bf16.
   const float* hidden = nullptr;  // [rows, k]
   const float* norm = nullptr;    // [k] 1 + w
-  float eps = 0;
+  float inverse_k = 0, eps = 0;
   const bf16* input = nullptr;  // [rows, input_stride]
   int64_t input_stride = 0;
   bf16* normed = nullptr;  // [rows, k], written when given with `hidden`

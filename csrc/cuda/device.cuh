@@ -37,6 +37,26 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// The address as a value that the compiler cannot work out again: left to itself it does so in
+// every round of a loop, with a slow read of the block's place in its cluster. All lanes of a warp.
+__device__ __forceinline__ uint32_t held_address(const void* shared) {
+  return __shfl_sync(0xffffffffu, shared_address(shared), static_cast<int>(threadIdx.x % 32));
+}
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address));
+  return x;
+}
+
+// blockIdx.x as a value in a register; reading it is slow, and the compiler likes to read it again.
+__device__ __forceinline__ int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
 // 16 bytes from global to shared memory, past L1.
 __device__ __forceinline__ void copy_async_16(uint32_t to, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
@@ -44,12 +64,38 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* global) {
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
   copy_async_16(shared_address(shared), global);
 }
+__device__ __forceinline__ void copy_async_16_if(bool copy, uint32_t to, const void* global) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(
+          to),
+      "l"(global), "r"(static_cast<int>(copy))
+      : "memory");
+}
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Weights into registers, past L1: no block reads them again. Asked for here, not where they are
+// used.
+__device__ __forceinline__ uint4 load_weights(const void* global) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(global));
+  return x;
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
+// A barrier for `threads` threads of a block; 0 is that of __syncthreads.
+__device__ __forceinline__ void group_barrier(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // d[16, 8] += a[16, 16] b[16, 8], bf16 in, f32 out. With q = lane / 4 and t = lane % 4: a holds

@@ -12,11 +12,11 @@ inline constexpr int kNormVectors = 4;  // float4s of a row that one thread hold
 __device__ __forceinline__ float squares(float sum, const float4& x) {
   return fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, fmaf(x.x, x.x, sum))));
 }
-__device__ __forceinline__ float rms_scale(const float* warp_sums, int k, float eps) {
+__device__ __forceinline__ float rms_scale(const float* warp_sums, float inverse_k, float eps) {
   float sum = warp_sums[0];
 #pragma unroll
   for (int w = 1; w < kWarps; ++w) sum += warp_sums[w];
-  return rsqrtf(sum / static_cast<float>(k) + eps);
+  return rsqrtf(fmaf(sum, inverse_k, eps));
 }
 __device__ __forceinline__ uint2 normed_values(const float4& x, float scale, const float4& w) {
   return {pack_bf16(x.x * scale * w.x, x.y * scale * w.y),
@@ -25,7 +25,8 @@ __device__ __forceinline__ uint2 normed_values(const float4& x, float scale, con
 
 // One block per row: what the projection kernel does itself for a few rows.
 static __global__ __launch_bounds__(kThreads) void norm_rows(bf16* out, const float* hidden,
-                                                             const float* norm, int k, float eps) {
+                                                             const float* norm, int k,
+                                                             float inverse_k, float eps) {
   __shared__ float warp_sums[kWarps];
   int thread = static_cast<int>(threadIdx.x);
   int64_t row = static_cast<int64_t>(blockIdx.x) * k;
@@ -46,7 +47,7 @@ static __global__ __launch_bounds__(kThreads) void norm_rows(bf16* out, const fl
   sum = warp_sum(sum);
   if (thread % 32 == 0) warp_sums[thread / 32] = sum;
   __syncthreads();
-  float scale = rms_scale(warp_sums, k, eps);
+  float scale = rms_scale(warp_sums, inverse_k, eps);
 #pragma unroll
   for (int v = 0; v < kNormVectors; ++v)
     if (int at = v * 4 * kThreads + thread * 4; at < k)
@@ -54,18 +55,18 @@ static __global__ __launch_bounds__(kThreads) void norm_rows(bf16* out, const fl
 }
 
 // RMSNorm of up to kRows rows by the whole block; their loads hide each other's latency.
-template <int kRows>
+template <int kRows, int kVectors>
 __device__ __forceinline__ void norm_block(std::byte* to, int pitch, const ProjectArgs& args,
-                                           int first, int rows,
+                                           int block, int first, int rows,
                                            const float4 (&weight)[kNormVectors]) {
   __shared__ float warp_sums[kRows][kWarps];
   int thread = static_cast<int>(threadIdx.x);
-  float4 x[kRows][kNormVectors];
+  float4 x[kRows][kVectors];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const float* from = args.hidden + static_cast<int64_t>(first + r) * args.k + thread * 4;
 #pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
+    for (int v = 0; v < kVectors; ++v)
       if (r < rows && v * 4 * kThreads + thread * 4 < args.k)
         x[r][v] = load_cg(reinterpret_cast<const float4*>(from + v * 4 * kThreads));
   }
@@ -73,7 +74,7 @@ __device__ __forceinline__ void norm_block(std::byte* to, int pitch, const Proje
   for (int r = 0; r < kRows; ++r) {
     float sum = 0;
 #pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
+    for (int v = 0; v < kVectors; ++v)
       if (r < rows && v * 4 * kThreads + thread * 4 < args.k) sum = squares(sum, x[r][v]);
     sum = warp_sum(sum);
     if (thread % 32 == 0) warp_sums[r][thread / 32] = sum;
@@ -82,10 +83,10 @@ __device__ __forceinline__ void norm_block(std::byte* to, int pitch, const Proje
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (r >= rows) break;
-    float scale = rms_scale(warp_sums[r], args.k, args.eps);
-    bool write = args.normed != nullptr && blockIdx.x == (first + r) % gridDim.x;
+    float scale = rms_scale(warp_sums[r], args.inverse_k, args.eps);
+    bool write = args.normed != nullptr && block == (first + r) % static_cast<int>(gridDim.x);
 #pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
+    for (int v = 0; v < kVectors; ++v)
       if (int at = v * 4 * kThreads + thread * 4; at < args.k) {
         uint2 values = normed_values(x[r][v], scale, weight[v]);
         *reinterpret_cast<uint2*>(to + r * pitch + at * 2) = values;

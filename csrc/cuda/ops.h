@@ -60,11 +60,17 @@ class CudaOps {
   // schedule.cu: the tiles of every block of a projection, by the matrices it reads.
   struct Schedule {
     std::vector<WeightSpec> specs;
+    int most_blocks = 0;
     DeviceBuffer<int32_t> items;  // [blocks, items_stride] how many, then each
     int blocks = 0, items_stride = 0;
   };
-  const Schedule& schedule(std::span<const WeightView* const> views, bool pairs);
-  void project_rows(ProjectArgs& args, const Schedule* schedule);
+  const Schedule& schedule(std::span<const WeightView* const> views, bool pairs, int blocks);
+  // dense.cu: of one matrix without `views`. How many blocks share the tiles:
+  int share_tiles(ProjectArgs& args, std::span<const WeightView* const> views, bool pairs,
+                  int blocks);
+  template <int kTiles>
+  bool project_wide_rows(ProjectArgs& args, std::span<const WeightView* const> views, bool pairs);
+  void project_rows(ProjectArgs& args, std::span<const WeightView* const> views, bool pairs);
   std::deque<Schedule> schedules_;
   DeviceBuffer<bf16> normed_;  // [max_rows, hidden]
 

@@ -1,7 +1,7 @@
 // Which experts take which rows of a step, worked out on the device.
 //
-// For one row every warp finds the experts itself; for up to 8 rows every block does; for more, one
-// kernel does it once and the blocks read its plan.
+// For one row a warp of every block finds the experts; for up to 8 rows every block does; for more,
+// one kernel does it once and the blocks read its plan.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -70,36 +70,47 @@ struct RouterKeys {
   }
 };
 
-// The top_k likeliest experts of a row, ties to the lowest index, and their softmax renormalised to
-// sum 1. All lanes of a warp; experts <= 32 * kPerLane.
+// The `ranks` likeliest experts of a row, ties to the lowest index, and with `weigh` their softmax
+// renormalised to sum 1. All lanes of a warp; experts <= 32 * kPerLane.
 template <int kPerLane>
-__device__ __forceinline__ Pick pick_experts(RouterKeys<kPerLane>& keys, int top_k, int lane) {
+__device__ __forceinline__ Pick pick_experts(RouterKeys<kPerLane>& keys, int ranks, bool weigh,
+                                             int lane) {
   Pick mine{0, 0.0f};
   uint32_t own = 0, top = 0;
 #pragma unroll 1
-  for (int rank = 0; rank < top_k; ++rank) {
-    uint32_t best = keys.key[0];
+  for (int rank = 0; rank < ranks; ++rank) {
+    uint32_t best[kPerLane];
 #pragma unroll
-    for (int j = 1; j < kPerLane; ++j) best = max(best, keys.key[j]);
-    uint32_t most = __reduce_max_sync(0xffffffffu, best);
+    for (int j = 0; j < kPerLane; ++j) best[j] = keys.key[j];
+#pragma unroll
+    for (int level = 1; level <= 4; ++level)
+#pragma unroll
+      for (int j = 0; j < kPerLane / 2; ++j)
+        if (j < kPerLane >> level) best[j] = max(best[j], best[j + (kPerLane >> level)]);
+    uint32_t most = __reduce_max_sync(0xffffffffu, best[0]);
     uint32_t candidate = ~0u;
 #pragma unroll
     for (int j = kPerLane - 1; j >= 0; --j)
       if (keys.key[j] == most) candidate = static_cast<uint32_t>(j * 32 + lane);
-    uint32_t expert = __reduce_min_sync(0xffffffffu, candidate);
+    uint32_t holders = __ballot_sync(0xffffffffu, best[0] == most);
+    int holder = __ffs(static_cast<int>(holders)) - 1;
+    if ((holders & (holders - 1)) != 0)  // a tie of lanes
+      holder = static_cast<int>(__reduce_min_sync(0xffffffffu, candidate) % 32);
+    uint32_t expert = __shfl_sync(0xffffffffu, candidate, holder);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j)
-      if (expert == static_cast<uint32_t>(j * 32 + lane)) keys.key[j] = 0;
+      if (lane == holder && candidate == static_cast<uint32_t>(j * 32 + lane)) keys.key[j] = 0;
     if (rank == 0) top = most;
     if (lane == rank) {
       mine.expert = static_cast<int>(expert);
       own = most;
     }
   }
+  if (!weigh) return mine;
   auto logit = [](uint32_t key) {
     return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
   };
-  if (lane < top_k) mine.weight = expf(logit(own) - logit(top));
+  if (lane < ranks) mine.weight = expf(logit(own) - logit(top));
   mine.weight /= warp_sum(mine.weight);
   return mine;
 }
@@ -112,12 +123,15 @@ __device__ void build_plan(const RoutePlan& plan, const RouteScratch& scratch, c
   int threads = static_cast<int>(blockDim.x), warps = threads / 32;
   for (int e = thread; e < experts; e += threads) scratch.rows_of[e] = 0;
   __syncthreads();
+  RouterKeys<kPerLane> ahead;  // the next row's are on their way while this one's are looked at
+  if (warp < rows) ahead.load(router + static_cast<int64_t>(warp) * experts, experts, lane);
 #pragma unroll 1
   for (int row = warp; row < rows; row += warps) {
-    RouterKeys<kPerLane> keys;
+    RouterKeys<kPerLane> keys = ahead;
     int of = load_cg(slot + row);
-    keys.load(router + static_cast<int64_t>(row) * experts, experts, lane);
-    Pick mine = pick_experts(keys, top_k, lane);
+    if (row + warps < rows)
+      ahead.load(router + static_cast<int64_t>(row + warps) * experts, experts, lane);
+    Pick mine = pick_experts(keys, top_k, true, lane);
     if (lane >= top_k) continue;
     plan.weight[row * top_k + lane] = mine.weight;
     scratch.expert[row * top_k + lane] = static_cast<int16_t>(of == 0 ? -1 : mine.expert);
@@ -139,8 +153,8 @@ __device__ void build_plan(const RoutePlan& plan, const RouteScratch& scratch, c
     }
     if (lane == 31) scratch.warp_total[warp] = sum;
     __syncthreads();
-    int before = carried, total = carried;
-    for (int w = 0; w < warps; ++w) {
+    int before = carried, total = carried, used = min(warps, (experts - base + 31) / 32);
+    for (int w = 0; w < used; ++w) {
       if (w == warp) before = total;
       total += scratch.warp_total[w];
     }

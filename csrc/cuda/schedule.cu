@@ -7,11 +7,12 @@ namespace qwen_moe::cuda {
 
 // Which blocks take which tiles, balanced by bytes: the largest first, each to the least loaded.
 // A gate tile and its up tile stay together, and before single tiles, so that they share a flush.
-const CudaOps::Schedule& CudaOps::schedule(std::span<const WeightView* const> views, bool pairs) {
+const CudaOps::Schedule& CudaOps::schedule(std::span<const WeightView* const> views, bool pairs,
+                                           int blocks) {
   std::vector<WeightSpec> key;
   for (const WeightView* view : views) key.push_back(view->spec);
   for (const Schedule& known : schedules_)
-    if (known.specs == key) return known;
+    if (known.specs == key && known.most_blocks == blocks) return known;
 
   struct Load {
     std::vector<int32_t> pairs, singles;
@@ -33,7 +34,7 @@ const CudaOps::Schedule& CudaOps::schedule(std::span<const WeightView* const> vi
   std::stable_sort(work.begin(), work.end(),
                    [](const Work& a, const Work& b) { return a.bytes > b.bytes; });
   std::vector<Load> loads(
-      static_cast<size_t>(std::min<int>(device_.sms, static_cast<int>(work.size()))));
+      static_cast<size_t>(std::min<int>(blocks, static_cast<int>(work.size()))));
   for (const Work& w : work) {
     Load& least = *std::min_element(loads.begin(), loads.end(),
                                     [](const Load& a, const Load& b) { return a.bytes < b.bytes; });
@@ -60,7 +61,7 @@ const CudaOps::Schedule& CudaOps::schedule(std::span<const WeightView* const> vi
     at = std::copy(loads[b].pairs.begin(), loads[b].pairs.end(), at);
     std::copy(loads[b].singles.begin(), loads[b].singles.end(), at);
   }
-  Schedule made{key, DeviceBuffer<int32_t>(items.size()), static_cast<int>(loads.size()),
+  Schedule made{key, blocks, DeviceBuffer<int32_t>(items.size()), static_cast<int>(loads.size()),
                 static_cast<int>(stride)};
   QWEN_MOE_CUDA(cudaMemcpy(made.items.data(), items.data(), items.size() * 4, cudaMemcpyDefault));
   schedules_.push_back(std::move(made));

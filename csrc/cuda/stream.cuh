@@ -92,7 +92,48 @@ struct alignas(16) Tile {
         group_shift(static_cast<int8_t>(m.group_shift)) {}
 };
 
-// A warp's slice of one tile on its way into the ring, chunk by chunk.
+// A chunk in a stage of a ring: the lane's vectors of codes, and the scales of its two outputs.
+struct StagedChunk {
+  const std::byte* stage;
+
+  __device__ __forceinline__ uint4 codes(int vector, int lane) const {
+    return reinterpret_cast<const uint4*>(stage)[vector * 32 + lane];
+  }
+  __device__ __forceinline__ void scales(int group, int lane, float& low, float& high) const {
+    const auto* of = reinterpret_cast<const __half*>(stage + kChunkBytes) + group * 16 + lane / 4;
+    low = __half2float(of[0]);
+    high = __half2float(of[8]);
+  }
+  __device__ __forceinline__ void used(int, int) const {}
+};
+
+// A chunk in the registers of a warp; every lane has two of the scales. A unit that has been used
+// makes room for one of the chunk that comes next.
+struct HeldChunk {
+  uint4 vector[kChunkBytes / 512] = {};
+  uint32_t two_scales = 0, next_scales = 0;
+  const std::byte* next_codes = nullptr;
+  int next_bytes = 0;
+
+  __device__ __forceinline__ uint4 codes(int i, int) const { return vector[i]; }
+  __device__ __forceinline__ void scales(int group, int lane, float& low, float& high) const {
+    auto scale = [&](int output) {
+      uint32_t two = __shfl_sync(0xffffffffu, two_scales, group * 8 + output / 2);
+      return __half2float(__ushort_as_half(
+          static_cast<unsigned short>(output % 2 == 0 ? two & 0xffff : two >> 16)));
+    };
+    low = scale(lane / 4);
+    high = scale(lane / 4 + 8);
+  }
+  __device__ __forceinline__ void used(int first, int end) {
+#pragma unroll
+    for (int i = 0; i < kChunkBytes / 512; ++i)
+      if (i >= first && i < end && i * 512 < next_bytes)
+        vector[i] = load_weights(next_codes + i * 512);
+  }
+};
+
+// A warp's slice of one tile on its way into a ring or into registers, chunk by chunk.
 struct TileCopy {
   const std::byte *codes = nullptr, *scales = nullptr;  // what the lane copies next
   int left = 0;                                         // units
@@ -110,18 +151,30 @@ struct TileCopy {
   __device__ __forceinline__ void next_chunk(uint32_t to, int lane) {
     int units = min(kChunkBytes >> unit_shift, left), bytes = units << unit_shift;
     left -= units;
-    copy_async_16(to, codes);
-    if (bytes == kChunkBytes) {
+    int scale_bytes = group_shift < 0 ? 0 : units >> group_shift << 5;
+    bool has_scales = lane * 16 < scale_bytes;
+    if (bytes == kChunkBytes) {  // in one go: every group of copies has a cost
 #pragma unroll
-      for (int i = 512; i < kChunkBytes; i += 512) copy_async_16(to + i, codes + i);
+      for (int i = 0; i < kChunkBytes; i += 512) copy_async_16(to + i, codes + i);
+      copy_async_16_if(has_scales, to + kChunkBytes, scales);
     } else {
 #pragma unroll 1
-      for (int i = 512; i < bytes; i += 512) copy_async_16(to + i, codes + i);
+      for (int i = 0; i < bytes; i += 512) copy_async_16(to + i, codes + i);
+      copy_async_16_if(has_scales, to + kChunkBytes, scales);
     }
     codes += bytes;
-    if (group_shift < 0) return;
-    int scale_bytes = units >> group_shift << 5;
-    if (lane * 16 < scale_bytes) copy_async_16(to + kChunkBytes, scales);
+    scales += scale_bytes;
+  }
+  // Says what comes next; the codes are asked for where there is room.
+  __device__ __forceinline__ void next_chunk(HeldChunk& to, int lane) {
+    int units = min(kChunkBytes >> unit_shift, left);
+    left -= units;
+    to.next_codes = codes;
+    to.next_bytes = units << unit_shift;
+    int scale_bytes = group_shift < 0 ? 0 : units >> group_shift << 5;
+    if (lane * 4 < scale_bytes)
+      to.next_scales = __ldg(reinterpret_cast<const uint32_t*>(scales - lane * 12));
+    codes += to.next_bytes;
     scales += scale_bytes;
   }
 };
@@ -188,38 +241,39 @@ struct TileSum {
   // Adds a chunk of `units` units. `rows_of(tile, u, half)` gives the lane's 8 activations of row
   // tile `tile`, inputs 32 half + 8 (lane % 4) on of the chunk's unit u, as four words; anything
   // for rows beyond the last, and anything finite for a unit beyond the last.
-  template <class RowsOf>
-  __device__ __forceinline__ void add(int unit_shift, int group_shift, const std::byte* stage,
-                                      int units, int lane, const RowsOf& rows_of) {
+  template <class Chunk, class RowsOf>
+  __device__ __forceinline__ void add(int unit_shift, int group_shift, Chunk&& chunk, int units,
+                                      int lane, const RowsOf& rows_of) {
     if (unit_shift == unit_shift_of(WeightFormat::int4))
-      add_as<WeightFormat::int4>(group_shift, stage, units, lane, rows_of);
+      add_as<WeightFormat::int4>(group_shift, chunk, units, lane, rows_of);
     else if (unit_shift == unit_shift_of(WeightFormat::int8))
-      add_as<WeightFormat::int8>(group_shift, stage, units, lane, rows_of);
+      add_as<WeightFormat::int8>(group_shift, chunk, units, lane, rows_of);
     else
-      add_as<WeightFormat::bf16>(group_shift, stage, units, lane, rows_of);
+      add_as<WeightFormat::bf16>(group_shift, chunk, units, lane, rows_of);
   }
 
-  template <WeightFormat kFormat, class RowsOf>
-  __device__ __forceinline__ void add_as(int group_shift, const std::byte* stage, int units,
-                                         int lane, const RowsOf& rows_of) {
+  template <WeightFormat kFormat, class Chunk, class RowsOf>
+  __device__ __forceinline__ void add_as(int group_shift, Chunk&& chunk, int units, int lane,
+                                         const RowsOf& rows_of) {
     // Two units side by side: the products of one follow each other only at their full latency.
-    constexpr int kSide = kFormat == WeightFormat::bf16 ? 1 : 2, kVectors = lane_vectors(kFormat);
-    const auto* vectors = reinterpret_cast<const uint4*>(stage) + lane;
-    const auto* scales = reinterpret_cast<const __half*>(stage + kChunkBytes) + lane / 4;
+    // Four tiles of rows hide that by themselves.
+    constexpr int kSide = kFormat == WeightFormat::bf16 || kTiles == 4 ? 1 : 2,
+                  kVectors = lane_vectors(kFormat);
 #pragma unroll
     for (int u = 0; u < chunk_units(kFormat); u += kSide) {
-      if (u >= units) break;
+      if (u >= units) {
+        chunk.used(u * kVectors, kChunkBytes / 512);
+        break;
+      }
       uint4 raw[kSide][kVectors];
       float low[kSide], high[kSide];
 #pragma unroll
       for (int v = 0; v < kSide; ++v) {
 #pragma unroll
-        for (int i = 0; i < kVectors; ++i) raw[v][i] = vectors[((u + v) * kVectors + i) * 32];
+        for (int i = 0; i < kVectors; ++i) raw[v][i] = chunk.codes((u + v) * kVectors + i, lane);
         low[v] = high[v] = 1.0f;
         if constexpr (kFormat != WeightFormat::bf16) {
-          const __half* of = scales + ((u + v) >> group_shift) * 16;
-          low[v] = __half2float(of[0]);
-          high[v] = __half2float(of[8]);
+          chunk.scales((u + v) >> group_shift, lane, low[v], high[v]);
           if (v > 0 && u + v >= units) low[v] = high[v] = 0.0f;  // and whatever the codes are
         }
       }
@@ -250,6 +304,7 @@ struct TileSum {
 #pragma unroll
           for (int j = 0; j < 4; ++j)
             total[i][j] = fmaf(j < 2 ? low[v] : high[v], sum[v][i][j], total[i][j]);
+      chunk.used(u * kVectors, (u + kSide) * kVectors);
     }
   }
 
@@ -277,7 +332,8 @@ __device__ __forceinline__ void add_tile(TileSum<kTiles>& sum, int unit_shift, i
   for (int unit = slice.begin; unit < slice.end; unit += step) {
     copy_async_wait<kStages - 1>();
     __syncwarp();  // scales come from other lanes
-    sum.add(unit_shift, group_shift, ring + stage * kStageBytes, min(step, slice.end - unit), lane,
+    sum.add(unit_shift, group_shift, StagedChunk{ring + stage * kStageBytes},
+            min(step, slice.end - unit), lane,
             [&](int i, int u, int half) { return rows_of(i, unit + u, half); });
     __syncwarp();
     feed(stage);
