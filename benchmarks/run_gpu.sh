@@ -3,8 +3,9 @@
 # table last. Needs nvcc, cmake, ninja, a Python with torch, scikit-build-core and pybind11, and for
 # the C++ tests GoogleTest (GTest_ROOT says where, if not installed).
 #
-#   benchmarks/run_gpu.sh [--sanitize] [--micro] [--build DIR] [ARGUMENTS OF qwen-moe bench]
+#   benchmarks/run_gpu.sh [--quick] [--sanitize] [--micro] [--build DIR] [ARGUMENTS OF qwen-moe bench]
 #
+# --quick leaves out Python tests that are marked slow.
 # Without arguments for it the bench takes the shapes of 35B-A3B in int4. --micro adds what one phase
 # and one GEMV cost, --sanitize runs the tests over the smallest model under compute-sanitizer.
 # A step that fails does not stop those that can still run; the exit status is 1 then.
@@ -13,11 +14,13 @@ cd "$(dirname "$0")/.."
 
 sanitize=false
 micro=false
+python_tests=gpu
 build=$PWD/build/gpu
 while (($#)); do
   case $1 in
     --sanitize) sanitize=true && shift ;;
     --micro) micro=true && shift ;;
+    --quick) python_tests="gpu and not slow" && shift ;;
     --build) build=$(realpath -m "$2") && shift 2 ;;
     --) shift && break ;;
     *) break ;;
@@ -65,38 +68,33 @@ if [[ -z ${CUDACXX:-} ]] && ! command -v nvcc >/dev/null && [[ -x /usr/local/cud
 fi
 printf '%s, compiling for %s\n' "$gpu" "$CUDAARCHS"
 
-install_package() {
-  python3 -m pip install -q --no-build-isolation --no-deps . \
-    -C build-dir="$build/package" -C cmake.define.QWEN_MOE_CUDA=ON
-}
-step "install the package" install_package
-
-# Without GoogleTest the C++ tests are left out and the rest is still built. -lineinfo lets
-# compute-sanitizer name source lines; it changes no instruction.
+# One build for the package, the C++ tests and the benchmarks. Without GoogleTest the tests are left
+# out. -lineinfo lets compute-sanitizer name source lines; it changes no instruction.
 have_tests=true
-configure() {
-  cmake -S . -B "$build/cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_FLAGS=-lineinfo \
-    -DQWEN_MOE_CUDA=ON -DQWEN_MOE_BENCHMARKS=ON "$@" >"$build/configure.log" 2>&1
+install_with() {
+  python3 -m pip install -q --no-build-isolation --no-deps . -C build-dir="$build/package" \
+    -C cmake.define.QWEN_MOE_CUDA=ON -C cmake.define.QWEN_MOE_BENCHMARKS=ON \
+    -C cmake.define.CMAKE_CUDA_FLAGS=-lineinfo -C cmake.define.BUILD_TESTING="$1" \
+    >"$build/install.log" 2>&1
 }
-configure_any() {
-  configure -DBUILD_TESTING=ON && return
-  if grep -q "Could NOT find GTest" "$build/configure.log"; then
+install_package() {
+  install_with ON && return
+  if grep -q "Could NOT find GTest" "$build/install.log"; then
     have_tests=false
     echo "no GoogleTest: C++ tests are left out; set GTest_ROOT to a build of it"
-    configure -DBUILD_TESTING=OFF && return
+    install_with OFF && return
   fi
-  tail -n 30 "$build/configure.log"
+  tail -n 30 "$build/install.log"
   return 1
 }
-step "configure" configure_any
+step "build and install" install_package
 
 # Names of the programs made from FOLDER/PATTERN.
 programs() { for source in $1/$2; do [[ -e $source ]] && basename "${source%.cu}"; done; }
-benches=(bench_gpu_ops)
-$micro && mapfile -t benches < <(programs benchmarks 'bench_*.cu')
+benches=()
+$micro && benches=(bench_gpu_phases bench_gpu_gemv)
 tests=()
 $have_tests && mapfile -t tests < <(programs tests/cuda 'test_*.cu')
-step "build tests and benchmarks" cmake --build "$build/cpp" --target "${tests[@]}" "${benches[@]}"
 
 # What the prefill tests launch; without Triton they skip.
 export QWEN_MOE_KERNEL_IMAGES=$build/kernel_images
@@ -108,25 +106,41 @@ compile_kernels() {
 step "compile prefill kernels" compile_kernels
 [[ -e $QWEN_MOE_KERNEL_IMAGES/manifest.json ]] || unset QWEN_MOE_KERNEL_IMAGES
 
+# Side by side, as most of their time goes to the CPU that they compare with.
+begin=$SECONDS
+printf '\n=== C++ GPU tests (%d s)\n' "$SECONDS"
 for name in ${tests[@]+"${tests[@]}"}; do
-  step "$name" "$build/cpp/$name" --gtest_brief=1
+  { status=0 && { "$build/package/$name" --gtest_brief=1 || status=$?; } &&
+    echo "$status" >"$build/$name.status"; } >"$build/$name.log" 2>&1 &
+done
+wait
+for name in ${tests[@]+"${tests[@]}"}; do
+  status=$(cat "$build/$name.status")
+  if [[ $status == 0 ]]; then
+    record "$name" ok $((SECONDS - begin))
+  else
+    failed=1 && record "$name" "FAILED ($status)" $((SECONDS - begin))
+    tail -n 40 "$build/$name.log"
+  fi
 done
 $have_tests || record "C++ GPU tests" skipped 0
 
 python_tests() {
   local status=0
-  python3 -m pytest -q -m gpu tests || status=$?
+  python3 -m pytest -q -m "$python_tests" tests || status=$?
   ((status == 5)) && return 77 # none collected
   return $status
 }
 step "pytest -m gpu" python_tests
 
-# Slow: every access is checked. Exits 77 where the tool does not support the machine.
+# Slow: every access is checked, so the shapes of large models are left out. Exits 77 where the tool does not support the machine.
+small='-*Model35b*:*Model122b*:*Model397b*'
 sanitized() {
   local tool=$1 name=$2 status=0
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer" && return 77; }
-  compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "$build/cpp/$name" \
-    --gtest_brief=1 --gtest_filter='*Tiny_int4*:*Tiny_int8*:-*Model*' 2>&1 | tee "$build/$tool-$name.log" | tail -n 40 || status=$?
+  compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "$build/package/$name" \
+    --gtest_brief=1 --gtest_filter="$small" 2>&1 | tee "$build/$tool-$name.log" |
+    tail -n 40 || status=$?
   ((status)) && grep -q "Device not supported" "$build/$tool-$name.log" && return 77
   return $status
 }
@@ -144,10 +158,9 @@ measured() { step "$1" figures_of "$@"; }
 figures_of() { "${@:2}" 2>&1 | tee "$build/${1// /-}.figures"; }
 results=benchmarks/results/$label
 for name in ${benches[@]+"${benches[@]}"}; do
-  [[ $name == bench_gpu_ops ]] && continue
-  step "$name" "$build/cpp/$name"
+  step "$name" "$build/package/$name"
 done
-measured "decode ops" "$build/cpp/bench_gpu_ops" --json "$results-ops-$date.json"
+measured "decode ops" "$build/package/bench_gpu_ops" --json "$results-ops-$date.json"
 measured "prefill kernels" python3 benchmarks/bench_prefill_kernels.py \
   --json "$results-prefill-$date.json"
 measured "loading" python3 benchmarks/bench_load.py --preset 35b-a3b --device cuda --layers 4 \

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <random>
@@ -79,15 +80,12 @@ class PrefillTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
  protected:
   static constexpr int kMost = 512;
 
-  void SetUp() override {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) GTEST_SKIP() << "no GPU";
-    const char* folder = std::getenv("QWEN_MOE_KERNEL_IMAGES");
-    if (folder == nullptr) GTEST_SKIP() << "QWEN_MOE_KERNEL_IMAGES does not name a folder";
-    images = std::make_unique<cuda::Images>(read_images(folder));
-    auto [shapes, recipe] = GetParam();
-    c = config_of(shapes);
-    model = std::make_unique<Model>(c, recipe, DType::bf16, "prefill",
+  // Filled once for all tests of a shape and a recipe.
+  static std::shared_ptr<Model> model_of(const Shapes& shapes, Recipe recipe) {
+    static std::map<std::pair<std::string, Recipe>, std::shared_ptr<Model>> made;
+    std::shared_ptr<Model>& model = made[{shapes.name, recipe}];
+    if (model) return model;
+    model = std::make_shared<Model>(config_of(shapes), recipe, DType::bf16, "prefill",
                                     std::vector{make_cuda_weight_home(0, make_cpu_weight_home(8))},
                                     std::vector<int>{});
     std::mt19937 random(1);
@@ -101,6 +99,18 @@ class PrefillTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
       for (float& v : values) v = __bfloat162float(__float2bfloat16(uniform(random)));
       model->put(slot.fqn, values.data(), values.size() * 4, DType::f32, 0);
     }
+    return model;
+  }
+
+  void SetUp() override {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) GTEST_SKIP() << "no GPU";
+    const char* folder = std::getenv("QWEN_MOE_KERNEL_IMAGES");
+    if (folder == nullptr) GTEST_SKIP() << "QWEN_MOE_KERNEL_IMAGES does not name a folder";
+    images = std::make_unique<cuda::Images>(read_images(folder));
+    auto [shapes, recipe] = GetParam();
+    c = config_of(shapes);
+    model = model_of(shapes, recipe);
     weights = model->shard(0);
     weights.first = false;
     stream.emplace();
@@ -108,6 +118,7 @@ class PrefillTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
     decode = std::make_unique<cuda::CudaOps>(c, properties, 1, kMost);
     prefill = std::make_unique<cuda::PrefillOps>(c, properties, *images, *decode, kMost);
 
+    std::mt19937 random(2);
     std::normal_distribution<float> normal;
     input.resize(static_cast<size_t>(kMost) * static_cast<size_t>(c.hidden_size));
     for (float& x : input) x = normal(random);
@@ -190,7 +201,7 @@ class PrefillTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
 
   ModelConfig c;
   std::unique_ptr<cuda::Images> images;
-  std::unique_ptr<Model> model;
+  std::shared_ptr<Model> model;
   ShardWeights weights;
   std::optional<cuda::Stream> stream;
   std::unique_ptr<cuda::CudaOps> decode;
