@@ -11,7 +11,7 @@ import torch
 
 import qwen_moe
 from qwen_moe import bench
-from test_gpu import assert_close, bits, greedy, ids_of, open_engine, text_ids, walk
+from test_gpu import DEVICE, assert_close, bits, greedy, ids_of, open_engine, text_ids, walk
 
 pytestmark = pytest.mark.gpu
 
@@ -21,6 +21,7 @@ RECIPES = [None, "int4"]
 # the other, activations round to bf16 at other places, and where two experts are about level one
 # takes this and the other that.
 MOST_STATE = 5e-2
+NEARLY_LEVEL = 0.1  # nats between two tokens of which either may be drawn
 
 
 @functools.cache
@@ -54,6 +55,24 @@ def test_prompts_of_any_length_leave_what_steps_leave(quantize: str | None) -> N
             for name, state in mine.items():
                 error = (state - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-6)
                 assert error <= MOST_STATE, f"{length} tokens, {name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("quantize", RECIPES, ids=str)
+def test_a_long_prompt_is_answered_as_on_the_cpu(quantize: str | None) -> None:
+    """Token by token, up to where two are about as likely."""
+    ids, replies = long_ids()[:2500], []
+    for device in ("cpu", DEVICE):
+        with open_engine(
+            device=device, quantize=quantize, max_context=2600, max_sessions=1
+        ) as engine:
+            replies += engine.generate([ids], greedy(64))
+    want, got = replies
+    same = zip(want.token_ids, got.token_ids, strict=True)
+    at = next((i for i, (a, b) in enumerate(same) if a != b), None)
+    if at is not None:
+        likely = dict(want.top_logprobs[at])
+        drawn = got.token_ids[at]
+        assert likely.get(drawn, -9.0) > max(likely.values()) - NEARLY_LEVEL, f"token {at}"
 
 
 @pytest.mark.parametrize("quantize", RECIPES, ids=str)

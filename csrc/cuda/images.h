@@ -58,6 +58,7 @@ class Images {
   Images& operator=(const Images&) = delete;
 
   bool has(const std::string& name) const { return kernels_.contains(name); }
+  int shared(const std::string& name) const { return get(name).image.shared; }  // bytes
   // What a kernel was compiled for: rows, outputs or columns of a block.
   int constant(const std::string& name, const std::string& constant) const;
   void launch(cudaStream_t stream, const std::string& name, dim3 grid,

@@ -107,25 +107,38 @@ std::string PrefillOps::tile_of(const std::string& name, std::initializer_list<i
   for (auto [rows, wide] : kTiles) {
     if (rows > 16 && rows >= 2 * rows_.rows) continue;  // half of it would be no rows
     const std::string tile = concat(name, "_", rows, "x", wide);
-    if (!images_.has(tile)) continue;
+    if (!fits(tile)) continue;
     chosen = tile;
     blocks = 0;
     for (int n : outputs) blocks += blocks_of(n, constant(chosen, "BN"));
     blocks *= blocks_of(rows_.rows, rows);
     if (blocks >= enough) break;
   }
-  require(!chosen.empty(), "there is no kernel image ", name, " for any tile. Compile them again");
+  require(!chosen.empty(), "there is no kernel image ", name, " that fits in ",
+          device_.shared_bytes, " bytes of shared memory. Compile them again");
   return chosen;
 }
 
-int PrefillOps::expert_rows() const {
-  const int mean = rows_.rows * c_.num_experts_per_tok / c_.num_experts;
-  return mean <= 8 ? 16 : mean <= 32 ? 32 : mean <= 96 ? 64 : 128;
+std::string PrefillOps::expert_tile(const char* kind, const WeightView& weight, int rows) {
+  return concat(kind, "_", format_of(weight.spec), "_m", rows);
 }
 
-int PrefillOps::most_work() const {
+// By the rows that an expert has on average.
+int PrefillOps::expert_rows(const LayerWeights& w) const {
+  const int mean = rows_.rows * c_.num_experts_per_tok / c_.num_experts;
+  for (auto [more_than, rows] : {std::pair{96, 128}, {32, 64}, {8, 32}})
+    if (mean > more_than && fits(expert_tile("expert_gate_up", w.experts_gate_up, rows)) &&
+        fits(expert_tile("expert_down", w.experts_down, rows)))
+      return rows;
+  return 16;
+}
+
+// A block of outputs for every block of work that the picks may need.
+dim3 PrefillOps::expert_grid(const std::string& name, int outputs, int rows) const {
   const int picks = rows_.rows * c_.num_experts_per_tok;
-  return std::min(picks, picks / expert_rows() + c_.num_experts);
+  check_whole(outputs, name);
+  return dim3(blocks_of(outputs, constant(name, "BN")) *
+              static_cast<unsigned>(std::min(picks, picks / rows + c_.num_experts)));
 }
 
 // Those kernels take whole blocks of outputs.
@@ -246,8 +259,10 @@ void PrefillOps::attention_prefill(const AttentionArgs<float, bf16>& args) {
           decode_.inverse_frequency(), args.rows.pages, rows, rows_.position, proj_stride_,
           page_stride, heads, kv_heads, c_.rotary_dim() / 2, static_cast<float>(c_.rms_norm_eps),
           1.0f / std::sqrt(static_cast<float>(c_.head_dim))});
-  const int tokens = constant("attention", "BM") / (heads / kv_heads);
-  launch("attention", dim3(static_cast<unsigned>(kv_heads), blocks_of(rows, tokens)),
+  // One of the two for all of a device: they add keys up in other pieces.
+  const std::string name = fits("attention") ? "attention" : "attention_small";
+  const int tokens = constant(name, "BM") / (heads / kv_heads);
+  launch(name, dim3(static_cast<unsigned>(kv_heads), blocks_of(rows, tokens)),
          {core_, query_, args.kv.data, proj_, args.rows.pages, rows, rows_.position, proj_stride_,
           page_stride, heads, kv_heads});
 }
@@ -276,7 +291,8 @@ void PrefillOps::norm_router_shared(const NormRouterSharedArgs<float, bf16>& arg
 
 void PrefillOps::routed_gate_up(const RoutedGateUpArgs<float, bf16>& args) {
   const int rows = rows_.rows, experts = c_.num_experts, top_k = c_.num_experts_per_tok;
-  const int width = experts <= 64 ? 64 : experts <= 256 ? 256 : 512, tile = expert_rows();
+  const int width = experts <= 64 ? 64 : experts <= 256 ? 256 : 512;
+  const int tile = expert_rows(args.layer);
   const std::string top =
       concat("top_experts_", width, "_", top_k <= 8 ? 8 : 16, "_", part_of(rows));
   const int part = part_of(rows);
@@ -288,9 +304,8 @@ void PrefillOps::routed_gate_up(const RoutedGateUpArgs<float, bf16>& args) {
          {order_, ids_, ranks_, places_, rows * top_k, experts, part * top_k});
   const WeightView& w = args.layer.experts_gate_up;
   const int inner = w.spec.n / 2;
-  const std::string name = concat("expert_gate_up_", format_of(w.spec), "_m", tile);
-  check_whole(inner, name);
-  launch(name, dim3(blocks_of(inner, constant(name, "BN")) * static_cast<unsigned>(most_work())),
+  const std::string name = expert_tile("expert_gate_up", w, tile);
+  launch(name, expert_grid(name, inner, tile),
          {expert_act_, normed_, codes_of(w), w.data, order_, work_, inner, w.spec.k, tile_words(w),
           top_k});
 }
@@ -298,9 +313,9 @@ void PrefillOps::routed_gate_up(const RoutedGateUpArgs<float, bf16>& args) {
 // The sum over ranks goes to the residual stream first, the shared expert behind it.
 void PrefillOps::down_combine_residual(const DownCombineArgs<float, bf16>& args) {
   const WeightView& w = args.layer.experts_down;
-  const std::string name = concat("expert_down_", format_of(w.spec), "_m", expert_rows());
-  check_whole(w.spec.n, name);
-  launch(name, dim3(blocks_of(w.spec.n, constant(name, "BN")) * static_cast<unsigned>(most_work())),
+  const int tile = expert_rows(args.layer);
+  const std::string name = expert_tile("expert_down", w, tile);
+  launch(name, expert_grid(name, w.spec.n, tile),
          {expert_part_, expert_act_, codes_of(w), w.data, order_, work_, w.spec.n, w.spec.k,
           tile_words(w)});
   launch("combine_experts",

@@ -74,8 +74,12 @@ class PrefillOps {
   std::string tile_of(const std::string& name, std::initializer_list<int> outputs,
                       unsigned& blocks) const;
   void check_whole(int outputs, const std::string& name) const;
-  int expert_rows() const;  // of a block of work of the experts
-  int most_work() const;    // blocks of work that the picks may need
+  bool fits(const std::string& name) const {
+    return images_.has(name) && images_.shared(name) <= device_.shared_bytes;
+  }
+  static std::string expert_tile(const char* kind, const WeightView& weight, int rows);
+  int expert_rows(const LayerWeights& w) const;  // of a block of work of the experts
+  dim3 expert_grid(const std::string& name, int outputs, int rows) const;
   int constant(const std::string& name, const char* of) const { return images_.constant(name, of); }
 
   ModelConfig c_;

@@ -202,6 +202,13 @@ def _attention() -> list[Spec]:
             warps=8,
             stages=2,
         ),
+        Spec(  # for GPUs with less shared memory
+            "attention_small",
+            attention.attention,
+            attention.TYPES,
+            {"BM": 64, "BN": 32, "DIM": 256},
+            stages=2,
+        ),
     ]
 
 

@@ -1,4 +1,7 @@
-"""Codes of weights to bf16, in registers. A pair is the two inputs that share an mma register."""
+"""Codes of weights to bf16, in registers. A pair is the two inputs that share an mma register.
+
+Sums and products of pairs are multiply-adds: before compute capability 9.0 there is nothing else.
+"""
 
 import triton
 import triton.language as tl
@@ -55,26 +58,28 @@ def widen_int4(word, high, low, high8, low8, SCALED: tl.constexpr):
     if SCALED:
         a, b, c, d = tl.inline_asm_elementwise(
             """{
-            .reg .b32 shifted, bias, rest;
-            mov.b32 bias, 0x43084308;
+            .reg .b32 shifted, one, bias, rest, zero;
+            mov.b32 one, 0x3f803f80;
+            mov.b32 bias, 0xc308c308;
+            mov.b32 zero, 0x80008000;
             lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 $0, $0, bias;
-            mul.bf16x2 rest, $0, $6;
+            fma.rn.bf16x2 $0, $0, one, bias;
+            fma.rn.bf16x2 rest, $0, $6, zero;
             fma.rn.bf16x2 $0, $0, $5, rest;
             shr.u32 shifted, $4, 4;
             lop3.b32 $1, shifted, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 $1, $1, bias;
-            mul.bf16x2 rest, $1, $8;
+            fma.rn.bf16x2 $1, $1, one, bias;
+            fma.rn.bf16x2 rest, $1, $8, zero;
             fma.rn.bf16x2 $1, $1, $7, rest;
             shr.u32 shifted, $4, 8;
             lop3.b32 $2, shifted, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 $2, $2, bias;
-            mul.bf16x2 rest, $2, $6;
+            fma.rn.bf16x2 $2, $2, one, bias;
+            fma.rn.bf16x2 rest, $2, $6, zero;
             fma.rn.bf16x2 $2, $2, $5, rest;
             shr.u32 shifted, $4, 12;
             lop3.b32 $3, shifted, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 $3, $3, bias;
-            mul.bf16x2 rest, $3, $8;
+            fma.rn.bf16x2 $3, $3, one, bias;
+            fma.rn.bf16x2 rest, $3, $8, zero;
             fma.rn.bf16x2 $3, $3, $7, rest;
             }""",
             "=&r,=&r,=&r,=&r,r,r,r,r,r",
@@ -86,19 +91,20 @@ def widen_int4(word, high, low, high8, low8, SCALED: tl.constexpr):
     else:
         a, b, c, d = tl.inline_asm_elementwise(
             """{
-            .reg .b32 shifted, bias;
-            mov.b32 bias, 0x43084308;
+            .reg .b32 shifted, one, bias;
+            mov.b32 one, 0x3f803f80;
+            mov.b32 bias, 0xc308c308;
             lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 $0, $0, bias;
+            fma.rn.bf16x2 $0, $0, one, bias;
             shr.u32 shifted, $4, 4;
             lop3.b32 $1, shifted, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 $1, $1, bias;
+            fma.rn.bf16x2 $1, $1, one, bias;
             shr.u32 shifted, $4, 8;
             lop3.b32 $2, shifted, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 $2, $2, bias;
+            fma.rn.bf16x2 $2, $2, one, bias;
             shr.u32 shifted, $4, 12;
             lop3.b32 $3, shifted, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 $3, $3, bias;
+            fma.rn.bf16x2 $3, $3, one, bias;
             }""",
             "=&r,=&r,=&r,=&r,r",
             [word],
@@ -123,18 +129,20 @@ def widen_int8(word, high, low, high8, low8, SCALED: tl.constexpr):
     if SCALED:
         a, b = tl.inline_asm_elementwise(
             """{
-            .reg .b32 code, bias, rest;
+            .reg .b32 code, bias, rest, minus, zero;
+            mov.b32 minus, 0xbf80bf80;
+            mov.b32 zero, 0x80008000;
             prmt.b32 code, $2, 0, 0x4140;
             lop3.b32 bias, code, 0x00800080, 0x43804380, 0x6a;
             lop3.b32 $0, code, 0x007f007f, 0x43004300, 0xea;
-            sub.bf16x2 $0, $0, bias;
-            mul.bf16x2 rest, $0, $4;
+            fma.rn.bf16x2 $0, bias, minus, $0;
+            fma.rn.bf16x2 rest, $0, $4, zero;
             fma.rn.bf16x2 $0, $0, $3, rest;
             prmt.b32 code, $2, 0, 0x4342;
             lop3.b32 bias, code, 0x00800080, 0x43804380, 0x6a;
             lop3.b32 $1, code, 0x007f007f, 0x43004300, 0xea;
-            sub.bf16x2 $1, $1, bias;
-            mul.bf16x2 rest, $1, $6;
+            fma.rn.bf16x2 $1, bias, minus, $1;
+            fma.rn.bf16x2 rest, $1, $6, zero;
             fma.rn.bf16x2 $1, $1, $5, rest;
             }""",
             "=&r,=&r,r,r,r,r,r",
@@ -146,15 +154,16 @@ def widen_int8(word, high, low, high8, low8, SCALED: tl.constexpr):
     else:
         a, b = tl.inline_asm_elementwise(
             """{
-            .reg .b32 code, bias;
+            .reg .b32 code, bias, minus;
+            mov.b32 minus, 0xbf80bf80;
             prmt.b32 code, $2, 0, 0x4140;
             lop3.b32 bias, code, 0x00800080, 0x43804380, 0x6a;
             lop3.b32 $0, code, 0x007f007f, 0x43004300, 0xea;
-            sub.bf16x2 $0, $0, bias;
+            fma.rn.bf16x2 $0, bias, minus, $0;
             prmt.b32 code, $2, 0, 0x4342;
             lop3.b32 bias, code, 0x00800080, 0x43804380, 0x6a;
             lop3.b32 $1, code, 0x007f007f, 0x43004300, 0xea;
-            sub.bf16x2 $1, $1, bias;
+            fma.rn.bf16x2 $1, bias, minus, $1;
             }""",
             "=&r,=&r,r",
             [word],
