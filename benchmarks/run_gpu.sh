@@ -163,7 +163,10 @@ done
 measured "decode ops" "$build/package/bench_gpu_ops" --json "$results-ops-$date.json"
 measured "prefill kernels" python3 benchmarks/bench_prefill_kernels.py \
   --json "$results-prefill-$date.json"
+room=$(df --output=avail -B1G /dev/shm 2>/dev/null | tail -n 1 || echo 0)
+((room >= 40)) && files=/dev/shm || files=${TMPDIR:-/tmp}
 measured "loading" python3 benchmarks/bench_load.py --preset 35b-a3b --device cuda --layers 4 \
+  --repeat 2 --dir "$files" \
   --json "$results-load-$date.json"
 measured "qwen-moe bench" python3 -m qwen_moe bench --device cuda --json "$results-$date.json" "$@"
 
