@@ -1,31 +1,26 @@
-// One GPU behind the seam: arenas of state, the inputs of a step at fixed addresses, and one
-// captured graph for each number of rows. Every call enqueues on one stream and returns, except
-// those that hand something to the host.
+// One GPU behind the seam: steps, their inputs at fixed addresses, and one captured graph for each
+// number of rows, over the arenas of state and the draws. Every call enqueues on one stream and
+// returns, except those that hand something to the host.
 #include "engine/backend.h"
 
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <chrono>
-#include <cstring>
-#include <utility>
 
+#include "cuda/arenas.h"
+#include "cuda/draws.h"
 #include "cuda/graph.h"
 #include "cuda/ops.h"
 #include "cuda/prompt.h"
-#include "cuda/sample.h"
 #include "cuda/step.h"
-#include "engine/probe.h"
 #include "model/forward.h"
 
 namespace qwen_moe::cuda {
 namespace {
 
-constexpr size_t kAlign = 256;
 constexpr size_t kGraphReserve = size_t{256} << 20;  // left free for the graphs
 constexpr int kRing = 4;                             // steps that may be on their way to the device
-
-size_t round_up(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 int device_of(const std::string& home) {  // "cuda:N"
   require(home.starts_with("cuda:"), "the weights of a CUDA shard are on ", home);
@@ -43,68 +38,39 @@ class CudaBackend : public Backend {
   explicit CudaBackend(const BackendOptions& options)
       : config_(options.model->config()),
         weights_(options.model->shard(options.shard)),
-        layout_(declare_state(config_, weights_.span, weights_.last, options.kv_dtype)),
         properties_(device_properties(device_of(options.model->home(options.shard).name()))),
         graphs_wanted_(options.cuda_graph),
         images_(options.prefill_kernels.empty()
                     ? nullptr
                     : std::make_unique<Images>(options.prefill_kernels)),
-        max_rows_(static_cast<int>(std::bit_ceil(static_cast<unsigned>(options.max_rows)))) {
+        max_rows_(static_cast<int>(std::bit_ceil(static_cast<unsigned>(options.max_rows)))),
+        arenas_(config_, declare_state(config_, weights_.span, weights_.last, options.kv_dtype),
+                properties_.device, stream_) {
     require(options.kv_dtype == DType::bf16, "kv_dtype must be bfloat16 on CUDA, got ",
             dtype_name(options.kv_dtype));
     require(options.max_rows > 0 && options.max_rows <= kMaxRows, "max_rows must be in [1, ",
             kMaxRows, "], got ", options.max_rows);
-    for (const StateBuffer& b : layout_.buffers) {
-      size_t& total = b.kind == BufferKind::fixed ? slot_bytes_ : page_bytes_;
-      offsets_.push_back(total);
-      total += round_up(b.bytes() * (b.kind == BufferKind::fixed ? 1 : kPageTokens));
-    }
   }
 
   ~CudaBackend() override {
     if (cudaSetDevice(properties_.device) == cudaSuccess) cudaStreamSynchronize(stream_);
   }
 
-  const StateLayout& layout() const override { return layout_; }
+  const StateLayout& layout() const override { return arenas_.layout(); }
 
   void reserve(const ReserveOptions& options) override {
     DeviceGuard device(properties_.device);
-    slots_ = static_cast<size_t>(options.slots) + 1;
-    pages_ = static_cast<size_t>(options.pages) + 1;
     size_t before = used_memory();
-    reserve_scratch(options.max_context);
+    reserve_scratch(options);
     // The driver hands memory out in blocks, so that small scratch may not show in its figures.
     scratch_bytes_ = std::max(used_memory() - before, input_.bytes());
     for (const auto& buffer : float_scratch_)
       scratch_bytes_ = std::max(scratch_bytes_, buffer.bytes());
 
-    size_t state = slots_ * slot_bytes_ + pages_ * page_bytes_, free = 0, total = 0;
-    QWEN_MOE_CUDA(cudaMemGetInfo(&free, &total));
-    size_t room = free > kGraphReserve ? free - kGraphReserve : 0;
-    size_t each = slot_bytes_ + page_bytes_ * static_cast<size_t>(pages_stride_);
-    require<Capacity>(
-        state <= room, options.slots, " sessions of ", options.max_context, " tokens need ",
-        state >> 20, " MiB of state (", slot_bytes_ >> 20, " MiB for each session and ",
-        page_bytes_ / kPageTokens, " bytes for each token); of ", total >> 20,
-        " MiB on cuda:", properties_.device, " ", room >> 20,
-        " MiB are left beside weights, scratch and graphs, which fit ",
-        room / std::max<size_t>(each, 1), " such sessions. Lower max_sessions or max_context");
-    slot_arena_ = DeviceBuffer<std::byte>(slots_ * slot_bytes_);
-    page_arena_ = DeviceBuffer<std::byte>(pages_ * page_bytes_);
-    QWEN_MOE_CUDA(cudaMemsetAsync(slot_arena_.data(), 0, slot_arena_.bytes(), stream_));
-    QWEN_MOE_CUDA(cudaMemsetAsync(page_arena_.data(), 0, page_arena_.bytes(), stream_));
-    generation_.assign(slots_, 0);
-    device_generation_ = DeviceBuffer<uint32_t>(slots_);
-    last_token_ = DeviceBuffer<int32_t>(slots_);
-    stale_ = DeviceBuffer<int32_t>(slots_);
-    for (Drawing& d : drawings_) d.stale = PinnedBuffer<int32_t>(slots_);
-    QWEN_MOE_CUDA(cudaMemsetAsync(stale_.data(), 0, stale_.bytes(), stream_));
-    QWEN_MOE_CUDA(
-        cudaMemsetAsync(device_generation_.data(), 0, device_generation_.bytes(), stream_));
-    QWEN_MOE_CUDA(cudaMemsetAsync(last_token_.data(), 0, last_token_.bytes(), stream_));
+    arenas_.reserve(options, kGraphReserve);
     for (size_t i = 0; i < weights_.layers.size(); ++i)
-      state_.push_back(layer_state(weights_.span.begin + static_cast<int>(i)));
-    if (weights_.last) logits_ = slot_array("lm_head.logits");
+      state_.push_back(arenas_.layer(weights_.span.begin + static_cast<int>(i)));
+    if (weights_.last) logits_ = arenas_.logits();
 
     before = used_memory();
     if (prompt_) prompt_->warm_up(stream_, options.max_context, weights_, state_, logits_);
@@ -113,8 +79,8 @@ class CudaBackend : public Backend {
   }
 
   std::map<std::string, size_t> memory() const override {
-    return {{"session state", slot_arena_.bytes()},
-            {"kv pages", page_arena_.bytes()},
+    return {{"session state", arenas_.slot_arena_bytes()},
+            {"kv pages", arenas_.page_arena_bytes()},
             {"scratch", scratch_bytes_},
             {"graphs", graph_bytes_}};
   }
@@ -133,50 +99,24 @@ class CudaBackend : public Backend {
     DeviceBuffer<float> zeros(2 * static_cast<size_t>(config_.hidden_size));
     QWEN_MOE_CUDA(cudaMemset(zeros.data(), 0, zeros.bytes()));
     Handoff input{zeros.data(), DType::f32, 2, config_.hidden_size};
-    std::vector<std::byte> after(std::max(slot_bytes_, page_bytes_));
-    return probe_writes(
-        *this, slot, generation_[static_cast<size_t>(slot)], page,
-        weights_.first ? nullptr : &input, offsets_,
-        [&] {
-          fill(slot_at(slot), kProbePattern, slot_bytes_);
-          fill(page_at(page), kProbePattern, page_bytes_);
-        },
-        [&](BufferKind kind) {
-          bool fixed = kind == BufferKind::fixed;
-          if (size_t bytes = fixed ? slot_bytes_ : page_bytes_)
-            download(after.data(), fixed ? slot_at(slot) : page_at(page), bytes);
-          return after.data();
-        });
+    return arenas_.discover(*this, slot, page, weights_.first ? nullptr : &input);
   }
 
   void set_generation(int slot, uint32_t generation) override {
-    DeviceGuard device(properties_.device);
-    generation_.at(static_cast<size_t>(slot)) = generation;
-    cuda::set_generation(stream_, device_generation_.data(), slot, generation);
+    arenas_.set_generation(slot, generation);
   }
-  void clear_slot(int slot) override { fill(slot_at(slot), 0, slot_bytes_); }
-  void copy_slot(int to, int from) override {
-    copy(slot_at(to), slot_at(from), slot_bytes_);
-    copy(last_token_.data() + to, last_token_.data() + from, sizeof(int32_t));
-  }
-  void copy_page(int to, int from) override { copy(page_at(to), page_at(from), page_bytes_); }
-  // All bits set is a NaN in float32 and in bfloat16.
-  void poison_slot(int slot) override { fill(slot_at(slot), 0xff, slot_bytes_); }
-  void poison_page(int page) override { fill(page_at(page), 0xff, page_bytes_); }
-
+  void clear_slot(int slot) override { arenas_.clear_slot(slot); }
+  void copy_slot(int to, int from) override { arenas_.copy_slot(to, from); }
+  void copy_page(int to, int from) override { arenas_.copy_page(to, from); }
+  void poison_slot(int slot) override { arenas_.poison_slot(slot); }
+  void poison_page(int page) override { arenas_.poison_page(page); }
   void read_buffer(size_t buffer, int slot, std::span<const int32_t> pages, int tokens,
                    std::span<std::byte> to) override {
-    move(buffer, slot, pages, tokens, [&](std::byte* state, size_t at, const Run& run) {
-      QWEN_MOE_CUDA(cudaMemcpy2DAsync(to.data() + at, run.row_pitch, state, run.width, run.width,
-                                      run.rows, cudaMemcpyDeviceToHost, stream_));
-    });
+    arenas_.read_buffer(buffer, slot, pages, tokens, to);
   }
   void write_buffer(size_t buffer, int slot, std::span<const int32_t> pages, int tokens,
                     std::span<const std::byte> from) override {
-    move(buffer, slot, pages, tokens, [&](std::byte* state, size_t at, const Run& run) {
-      QWEN_MOE_CUDA(cudaMemcpy2DAsync(state, run.width, from.data() + at, run.row_pitch, run.width,
-                                      run.rows, cudaMemcpyHostToDevice, stream_));
-    });
+    arenas_.write_buffer(buffer, slot, pages, tokens, from);
   }
 
   PrefillChunk prefill_chunk() const override {
@@ -186,7 +126,7 @@ class CudaBackend : public Backend {
   // Without kernels for prompts their tokens go through the decode step, one by one.
   void prefill(const PrefillStep& step, const Handoff* input) override {
     DeviceGuard device(properties_.device);
-    check_generation(step.slot, step.generation);
+    arenas_.check_generation(step.slot, step.generation);
     auto count = static_cast<int>(step.tokens.size());
     int most = prefill_chunk().alone;
     require(count > 0 && count <= most, "a prefill step takes 1 to ", most, " tokens, got ", count);
@@ -203,14 +143,14 @@ class CudaBackend : public Backend {
       enqueue({&row, 1}, from ? from + static_cast<size_t>(i) * width : nullptr,
               weights_.last && last && step.logits);
       if (!weights_.last)
-        copy(handoff_.data() + static_cast<size_t>(i) * width, buffers_.hidden, width * 4);
+        copy_rows(handoff_.data() + static_cast<size_t>(i) * width, buffers_.hidden, 1);
     }
     last_hidden_ = {handoff_.data(), DType::f32, count, config_.hidden_size};
   }
 
   void decode(std::span<const DecodeRow> rows, const Handoff* input) override {
     DeviceGuard device(properties_.device);
-    for (const DecodeRow& row : rows) check_generation(row.slot, row.generation);
+    for (const DecodeRow& row : rows) arenas_.check_generation(row.slot, row.generation);
     enqueue(rows, input ? static_cast<const float*>(input->data) : nullptr, weights_.last);
     last_hidden_ = {buffers_.hidden, DType::f32, static_cast<int>(rows.size()),
                     config_.hidden_size};
@@ -223,62 +163,24 @@ class CudaBackend : public Backend {
 
   void draw(std::span<const SampleRow> rows) override {
     DeviceGuard device(properties_.device);
-    Drawing& d = drawings_[next_draw_ % kRing];
-    require<Error>(next_draw_ - next_collect_ < kRing, "too many draws are not collected");
-    d.uploaded.synchronize();
     int bucket = bucket_of(rows.size());
-    int used = 0;
-    if (std::any_of(rows.begin(), rows.end(),
-                    [](const SampleRow& row) { return row.sampling->penalized(); }))
-      penalties_uploaded_.synchronize();
-    DrawRow* host = d.rows.data();
-    for (int i = 0; i < bucket; ++i)
-      host[i] = i < static_cast<int>(rows.size())
-                    ? to_draw_row(rows[static_cast<size_t>(i)],
-                                  {penalties_host_.data(), penalties_host_.size()}, used, counts_)
-                    : DrawRow{};
-    upload(draw_rows_.data(), host, static_cast<size_t>(bucket) * sizeof(DrawRow));
-    if (used > 0) {
-      upload(penalties_.data(), penalties_host_.data(),
-             static_cast<size_t>(used) * sizeof(PenaltyEntry));
-      penalties_uploaded_.record(stream_);
-    }
-    d.uploaded.record(stream_);
+    draws_->upload(rows, bucket);
     launch(draw_graphs_, bucket, [&] { launch_draw(bucket); });
-    d.count = static_cast<int>(rows.size());
-    for (size_t i = 0; i < rows.size(); ++i) d.slot[i] = rows[i].slot;
-    QWEN_MOE_CUDA(cudaMemcpyAsync(d.results.data(), draw_results_.data(),
-                                  static_cast<size_t>(d.count) * sizeof(DrawResult),
-                                  cudaMemcpyDeviceToHost, stream_));
-    QWEN_MOE_CUDA(cudaMemcpyAsync(d.stale.data(), stale_.data(), stale_.bytes(),
-                                  cudaMemcpyDeviceToHost, stream_));
-    d.done.record(stream_);
-    ++next_draw_;  // a draw that threw before did not happen
+    draws_->download(rows, arenas_.stale());
   }
 
   void collect(std::span<SampleResult> results) override {
     DeviceGuard device(properties_.device);
-    Drawing& d = drawings_[next_collect_++ % kRing];
-    require<Error>(d.count == static_cast<int>(results.size()), "a draw of ", d.count,
-                   " rows is collected as ", results.size());
-    d.done.synchronize();
-    for (size_t i = 0; i < results.size(); ++i) {
-      const DrawResult& from = d.results.data()[i];
-      SampleResult& to = results[i];
-      to.token = from.token;
-      to.finite = from.finite != 0;
-      to.stale = d.stale.data()[d.slot[i]] != 0;
-      to.logprob = from.logprob;
-      to.top_count = from.top_count;
-      for (int j = 0; j < from.top_count; ++j) to.top[j] = {from.top_token[j], from.top_logprob[j]};
-    }
+    draws_->collect(results);
   }
 
   bool ahead() const override { return weights_.first && weights_.last; }
 
   void read_logits(int slot, std::span<float> to) override {
     DeviceGuard device(properties_.device);
-    download(to.data(), logits_.at(slot), to.size_bytes());
+    QWEN_MOE_CUDA(cudaMemcpyAsync(to.data(), logits_.at(slot), to.size_bytes(),
+                                  cudaMemcpyDeviceToHost, stream_));
+    stream_.synchronize();
   }
 
  private:
@@ -286,74 +188,9 @@ class CudaBackend : public Backend {
     PinnedBuffer<std::byte> data;
     Event uploaded;
   };
-  struct Drawing {  // a draw on its way there and back
-    PinnedBuffer<DrawRow> rows{kMaxRows};
-    PinnedBuffer<DrawResult> results{kMaxRows};
-    PinnedBuffer<int32_t> stale;  // [slots]
-    std::array<int, kMaxRows> slot{};
-    Event uploaded, done;
-    int count = 0;
-  };
-  struct Run {  // rows of `width` bytes, `row_pitch` apart in the row-major form
-    size_t width, rows, row_pitch;
-  };
 
-  std::byte* slot_at(int slot) const {
-    return slot_arena_.data() + static_cast<size_t>(slot) * slot_bytes_;
-  }
-  std::byte* page_at(int page) const {
-    return page_arena_.data() + static_cast<size_t>(page) * page_bytes_;
-  }
-
-  void fill(std::byte* at, int value, size_t bytes) {
-    DeviceGuard device(properties_.device);
-    QWEN_MOE_CUDA(cudaMemsetAsync(at, value, bytes, stream_));
-  }
-  void copy(void* to, const void* from, size_t bytes) {
-    DeviceGuard device(properties_.device);
-    QWEN_MOE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_));
-  }
-  void upload(void* to, const void* from, size_t bytes) {
-    QWEN_MOE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_));
-  }
-  void download(void* to, const void* from, size_t bytes) {
-    QWEN_MOE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_));
-    stream_.synchronize();
-  }
-
-  size_t offset_of(const std::string& fqn) const {
-    for (size_t i = 0; i < layout_.buffers.size(); ++i)
-      if (layout_.buffers[i].fqn == fqn) return offsets_[i];
-    throw InvalidArgument(concat("no state buffer named ", fqn));
-  }
-  SlotArray slot_array(const std::string& fqn) const {
-    return {reinterpret_cast<float*>(slot_arena_.data() + offset_of(fqn)),
-            static_cast<int64_t>(slot_bytes_ / sizeof(float))};
-  }
-  LayerState layer_state(int layer) const {
-    std::string prefix = concat("layers.", layer, ".");
-    LayerState state;
-    if (config_.layer_types[static_cast<size_t>(layer)] == LayerType::linear_attention) {
-      state.conv_state = slot_array(prefix + "linear_attn.conv_state");
-      state.recurrent_state = slot_array(prefix + "linear_attn.recurrent_state");
-    } else {
-      // The kernels find V behind K.
-      size_t k = offset_of(prefix + "self_attn.k_cache"),
-             v = offset_of(prefix + "self_attn.v_cache");
-      require<Error>(v - k == static_cast<size_t>(config_.kv_dim()) * kPageTokens * 2,
-                     "k_cache and v_cache of layer ", layer, " are not neighbours");
-      state.kv = {page_arena_.data() + k, static_cast<int64_t>(page_bytes_), DType::bf16};
-    }
-    return state;
-  }
-
-  void check_generation(int slot, uint32_t generation) const {
-    require<Error>(generation_.at(static_cast<size_t>(slot)) == generation, "slot ", slot,
-                   " is at generation ", generation_[static_cast<size_t>(slot)],
-                   ", the step expects ", generation, "; nothing was written");
-  }
-
-  void reserve_scratch(int max_context) {
+  void reserve_scratch(const ReserveOptions& options) {
+    const int max_context = options.max_context;
     auto rows = static_cast<size_t>(max_rows_);
     auto floats = [&](int64_t count) {
       float_scratch_.emplace_back(rows * static_cast<size_t>(count));
@@ -390,14 +227,8 @@ class CudaBackend : public Backend {
       prompt_ = std::make_unique<Prompt>(config_, properties_, *images_, *ops_, pages_stride_);
 
     if (!weights_.last) return;
-    sampler_ = std::make_unique<Sampler>(config_.vocab_size, max_rows_, properties_);
-    draw_rows_ = DeviceBuffer<DrawRow>(rows);
-    QWEN_MOE_CUDA(cudaMemsetAsync(draw_rows_.data(), 0, draw_rows_.bytes(), stream_));
-    draw_results_ = DeviceBuffer<DrawResult>(rows);
-    size_t entries = rows * static_cast<size_t>(std::min(max_context, config_.vocab_size));
-    penalties_ = DeviceBuffer<PenaltyEntry>(entries);
-    penalties_host_ = PinnedBuffer<PenaltyEntry>(entries);
-    counts_.assign(static_cast<size_t>(config_.vocab_size), 0);
+    draws_ = std::make_unique<Draws>(config_.vocab_size, max_rows_, max_context,
+                                     static_cast<size_t>(options.slots) + 1, properties_, stream_);
   }
 
   // Buckets from the largest down: what the first capture loads serves the others.
@@ -436,13 +267,19 @@ class CudaBackend : public Backend {
     ++replays_;
   }
 
+  // Of the residual stream, from here or from another device.
+  void copy_rows(float* to, const float* from, size_t rows) {
+    size_t bytes = rows * static_cast<size_t>(config_.hidden_size) * sizeof(float);
+    QWEN_MOE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_));
+  }
+
   // The kernels of one step of `bucket` rows, in order.
   void launch_step(int bucket, bool head) {
     // The guard waits for all before it, and without an embedding so does the phase behind it,
     // which reads what the guard writes before it waits.
     Launcher launcher{stream_, properties_.programmatic_launch(), weights_.first ? 1 : 2};
     guard_step(launcher, step_, reinterpret_cast<const StepInput*>(input_.data()),
-               device_generation_.data(), last_token_.data(), stale_.data(), bucket);
+               arenas_.generation(), arenas_.last_token(), arenas_.stale(), bucket);
     ops_->begin(launcher);
     StepRows rows{.rows = bucket,
                   .token = step_->token,
@@ -461,9 +298,8 @@ class CudaBackend : public Backend {
   }
 
   void launch_draw(int bucket) {
-    Launcher launcher{stream_, properties_.programmatic_launch()};
-    sampler_->launch(launcher, draw_rows_.data(), penalties_.data(), bucket, logits_.data,
-                     logits_.stride, last_token_.data(), draw_results_.data());
+    draws_->launch({stream_, properties_.programmatic_launch()}, bucket, logits_,
+                   arenas_.last_token());
   }
 
   void enqueue(std::span<const DecodeRow> rows, const float* input, bool head) {
@@ -483,13 +319,12 @@ class CudaBackend : public Backend {
       int32_t* to = pages + static_cast<int64_t>(i) * pages_stride_;
       std::copy_n(rows[at].pages.data(), rows[at].position / kPageTokens + 1, to);
     }
-    upload(
+    QWEN_MOE_CUDA(cudaMemcpyAsync(
         input_.data(), host,
-        sizeof(StepInput) + static_cast<size_t>(bucket) * static_cast<size_t>(pages_stride_) * 4);
+        sizeof(StepInput) + static_cast<size_t>(bucket) * static_cast<size_t>(pages_stride_) * 4,
+        cudaMemcpyHostToDevice, stream_));
     in.uploaded.record(stream_);
-    if (input)
-      copy(buffers_.hidden, input,
-           rows.size() * static_cast<size_t>(config_.hidden_size) * sizeof(float));
+    if (input) copy_rows(buffers_.hidden, input, rows.size());
     ++bucket_steps_[static_cast<size_t>(std::countr_zero(static_cast<unsigned>(bucket)))];
     if (weights_.last && !head) {
       if (!graphs_wanted_) return launch_step(bucket, false);
@@ -500,48 +335,18 @@ class CudaBackend : public Backend {
     launch(step_graphs_, bucket, [&] { launch_step(bucket, head); });
   }
 
-  // Calls copy_run(state bytes, offset in the row-major form, run) for every run of a buffer.
-  template <class CopyRun>
-  void move(size_t buffer, int slot, std::span<const int32_t> pages, int tokens,
-            const CopyRun& copy_run) {
-    DeviceGuard device(properties_.device);
-    const StateBuffer& b = layout_.buffers.at(buffer);
-    if (b.kind == BufferKind::fixed) {
-      copy_run(slot_at(slot) + offsets_[buffer], 0, Run{b.bytes(), 1, b.bytes()});
-    } else {
-      auto heads = static_cast<size_t>(b.shape[0]);
-      size_t width = b.bytes() / heads;  // one head of one token; a page is [heads, 64, head_dim]
-      for (int t = 0; t < tokens; t += kPageTokens)
-        for (size_t h = 0; h < heads; ++h)
-          copy_run(
-              page_at(pages[static_cast<size_t>(t / kPageTokens)]) + offsets_[buffer] +
-                  h * kPageTokens * width,
-              (static_cast<size_t>(t) * heads + h) * width,
-              Run{width, static_cast<size_t>(std::min(kPageTokens, tokens - t)), heads * width});
-    }
-    stream_.synchronize();
-  }
-
   const ModelConfig& config_;
   ShardWeights weights_;
-  StateLayout layout_;
   DeviceProperties properties_;
   bool graphs_wanted_;
   std::unique_ptr<Images> images_;  // null: prompts go through the decode step
   int max_rows_;
   Stream stream_;
 
-  std::vector<size_t> offsets_;  // of every buffer, in its slot or page
-  size_t slot_bytes_ = 0, page_bytes_ = 0, slots_ = 0, pages_ = 0;
-  size_t scratch_bytes_ = 0, graph_bytes_ = 0;
-  DeviceBuffer<std::byte> slot_arena_;  // [slots, slot_bytes]
-  DeviceBuffer<std::byte> page_arena_;  // [pages, page_bytes]
-  std::vector<uint32_t> generation_;    // [slots]
-  DeviceBuffer<uint32_t> device_generation_;
-  DeviceBuffer<int32_t> last_token_;  // [slots] drawn last
-  DeviceBuffer<int32_t> stale_;       // [slots] 1: the last step named an old generation
+  Arenas arenas_;
   std::vector<LayerState> state_;
   SlotArray logits_;
+  size_t scratch_bytes_ = 0, graph_bytes_ = 0;
 
   std::vector<DeviceBuffer<float>> float_scratch_;
   std::vector<DeviceBuffer<bf16>> half_scratch_;
@@ -558,16 +363,7 @@ class CudaBackend : public Backend {
   size_t next_input_ = 0;
 
   std::unique_ptr<Prompt> prompt_;
-
-  std::unique_ptr<Sampler> sampler_;
-  DeviceBuffer<DrawRow> draw_rows_;
-  DeviceBuffer<DrawResult> draw_results_;
-  DeviceBuffer<PenaltyEntry> penalties_;
-  PinnedBuffer<PenaltyEntry> penalties_host_;
-  Event penalties_uploaded_;
-  std::vector<int32_t> counts_;  // [vocab], zero between draws
-  std::array<Drawing, kRing> drawings_;
-  size_t next_draw_ = 0, next_collect_ = 0;
+  std::unique_ptr<Draws> draws_;  // on the last shard
 
   std::array<Graph, 7> step_graphs_, draw_graphs_;
   Graph prompt_graph_;  // one row, without lm_head

@@ -1,18 +1,11 @@
-// The only mutable hub: owns the pipeline, the state manager and the sessions, and runs steps that
-// serve every session with work.
+// The only mutable hub: owns the pipeline, the state manager and the sessions, and has the verbs
+// over them. engine/steps.h runs the steps between.
 //
 // Threads: any thread may call anything. Calls are served one at a time in the order they came,
 // between two steps; stop() never waits. Errors of a step poison the sessions in it, and them
 // alone, until reset().
-//
-// One step ahead: a backend that only enqueues computes a step while the engine prepares the next,
-// so a draw is collected after the step behind it was enqueued. That step feeds the drawn token
-// without having seen it. If it then ends the request (end of text, stop id), it was computed all
-// the same; what was drawn after it is dropped. Whatever looks at a session or changes one collects
-// what is outstanding first.
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <map>
@@ -22,36 +15,10 @@
 #include <string>
 #include <vector>
 
-#include "engine/dispatch.h"
 #include "engine/fair_mutex.h"
-#include "engine/pipeline.h"
-#include "state/manager.h"
+#include "engine/steps.h"
 
 namespace qwen_moe {
-
-using SessionId = int64_t;
-
-struct Request {
-  std::vector<int32_t> tokens;  // appended to the timeline first
-  bool draw = false;            // false: prefill only
-  Sampling sampling;
-  int max_tokens = 0;
-  std::vector<int32_t> stop_token_ids;
-  bool ignore_eos = false;
-};
-
-enum class Finish { none, stop, length, stopped, error };
-const char* finish_name(Finish finish);
-
-// What a request produced since the last poll.
-struct Progress {
-  std::vector<int32_t> tokens;
-  std::vector<float> logprobs;  // empty when not asked for
-  std::vector<std::vector<std::pair<int32_t, float>>> top_logprobs;
-  bool finished = true;
-  Finish finish = Finish::none;
-  std::string error;
-};
 
 struct EngineOptions {
   int max_sessions = 8;
@@ -60,9 +27,8 @@ struct EngineOptions {
   bool poison = false;
 };
 
-struct EngineStats {
-  int64_t prefill_tokens = 0, prefill_steps = 0, decode_tokens = 0, decode_steps = 0;
-  int64_t max_decode_rows = 0, sessions_opened = 0, sessions_open = 0;
+struct EngineStats : StepStats {
+  int64_t sessions_opened = 0, sessions_open = 0;
   int64_t slots_used = 0, pages_used = 0, pages_total = 0;
   std::map<std::string, int64_t> backend;  // whatever the backends count
 };
@@ -110,48 +76,21 @@ class Engine {
   void load(SessionId id, const Snapshot& snapshot);
 
  private:
-  struct Record;
-
   Record& record(SessionId id) const;
   Record& idle(SessionId id, const char* verb) const;  // with no request running
   SessionId add(Session session);
-  bool step_locked();
-  void prefill_step(Record& record, int tokens);
-  void decode_step(std::span<Record* const> rows);
-  void draw(std::span<Record* const> rows);
-  bool may_run_ahead(Record& record);
-  bool must_settle() const;
-  void settle(int keep = 0);  // collects draws, the oldest first, until `keep` are outstanding
-  void collect();
-  void accept(Record& record, const SampleResult& result);
-  void finish(Record& record, Finish why, const std::string& error = {});
-  void poison(std::span<Record* const> rows, const std::string& error);
 
   EngineOptions options_;
   int vocab_size_;
   std::shared_ptr<const Model> model_;
   std::unique_ptr<Pipeline> pipeline_;
   std::unique_ptr<MutableStateManager> manager_;
+  std::unique_ptr<Steps> steps_;
 
   mutable FairMutex mutex_;         // everything but the next three
   mutable std::mutex names_mutex_;  // records_ as a map; taken for a look-up only
-  std::map<SessionId, std::unique_ptr<Record>> records_;
+  Records records_;
   SessionId next_id_ = 1;
-
-  // Draws not collected yet, the oldest first: at most the newest between two calls.
-  std::array<std::vector<Record*>, 2> outstanding_;
-  int draws_ = 0;
-  const bool ahead_;
-
-  bool last_was_prefill_ = false;
-  unsigned turn_ = 0;
-  EngineStats stats_;
-  // Step inputs, allocated once.
-  std::vector<Work> work_;
-  std::vector<Record*> ready_, drawing_;
-  std::vector<DecodeRow> decode_rows_;
-  std::vector<SampleRow> sample_rows_;
-  std::vector<SampleResult> results_;
 };
 
 }  // namespace qwen_moe
