@@ -100,8 +100,7 @@ void PrefillOps::begin(cudaStream_t stream, const PrefillRows& rows) {
 // the first of kernels/specs.py that gives most multiprocessors a block.
 std::string PrefillOps::tile_of(const std::string& name, std::initializer_list<int> outputs,
                                 unsigned& blocks) const {
-  constexpr std::pair<int, int> kTiles[] = {{256, 128}, {128, 128}, {128, 64},
-                                            {64, 64},   {32, 64},   {16, 64}};
+  constexpr std::pair<int, int> kTiles[] = {{128, 128}, {128, 64}, {64, 64}, {32, 64}, {16, 64}};
   const auto enough = static_cast<unsigned>(device_.sms * 3 / 4);
   std::string chosen;
   for (auto [rows, wide] : kTiles) {

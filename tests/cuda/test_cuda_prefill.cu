@@ -85,9 +85,9 @@ class PrefillTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
     static std::map<std::pair<std::string, Recipe>, std::shared_ptr<Model>> made;
     std::shared_ptr<Model>& model = made[{shapes.name, recipe}];
     if (model) return model;
-    model = std::make_shared<Model>(config_of(shapes), recipe, DType::bf16, "prefill",
-                                    std::vector{make_cuda_weight_home(0, make_cpu_weight_home(8))},
-                                    std::vector<int>{});
+    model = std::make_shared<Model>(
+        config_of(shapes), recipe, DType::bf16, concat("prefill ", shapes.name, recipe_name(recipe)),
+        std::vector{make_cuda_weight_home(0, make_cpu_weight_home(8))}, std::vector<int>{});
     std::mt19937 random(1);
     for (const Model::Entry& e : model->entries()) {
       const TensorSlot& slot = e.tensor->slot();
@@ -214,11 +214,11 @@ TEST_P(PrefillTest, LeavesWhatDecodeLeaves) {
   for (int rows : {1, 2, 31, 63, 64, 65, 129, 300}) {
     SCOPED_TRACE(rows);
     const Left expected = decoded(rows), got = prefilled({rows});
-    // Weights and what lies between phases round to bf16 at other places than in decode; where two
-    // experts are about equally likely, the pick may differ.
+    // Weights and what lies between phases round to bf16 at other places than in decode. Where two
+    // experts are about equally likely, the pick may differ: that row is then another.
     EXPECT_LT(relative_error(got.conv, expected.conv), 1e-2);
     EXPECT_LT(relative_error(got.recurrent, expected.recurrent), 2e-2);
-    EXPECT_LT(relative_error(got.hidden, expected.hidden), 5e-2);
+    EXPECT_LT(relative_error(got.hidden, expected.hidden), 8e-2);
   }
 }
 
@@ -233,7 +233,7 @@ TEST_P(PrefillTest, OtherPiecesGiveTheSameWithinATolerance) {
   const Left whole = prefilled({300}), pieces = prefilled({70, 1, 100, 129});
   EXPECT_LT(relative_error(pieces.conv, whole.conv), 1e-2);
   EXPECT_LT(relative_error(pieces.recurrent, whole.recurrent), 2e-2);
-  EXPECT_LT(relative_error(pieces.hidden, whole.hidden), 5e-2);
+  EXPECT_LT(relative_error(pieces.hidden, whole.hidden), 8e-2);
 }
 
 INSTANTIATE_TEST_SUITE_P(, PrefillTest,

@@ -11,7 +11,7 @@ makes it (`fragment_order`).
 import triton
 import triton.language as tl
 
-from .interpreted import dot_add
+from .interpreted import dot_add, finished
 from .widen import pair, twice, widen_int4, widen_int8
 
 
@@ -114,7 +114,7 @@ def multiply(
         else:
             scale = tl.load(scale_ptrs + i * STEP // GROUP * 16)
             w = expand_scaled(words, scale, BITS, BN // 16, units)
-        total = dot_add(w, tl.trans(rows), total)
+        total = finished(dot_add(w, tl.trans(rows), total))
         code_ptrs += words_step
         x_ptrs += STEP
     return total
