@@ -18,20 +18,6 @@ constexpr int kRowsFused = 8;        // more rows than that are normed by a kern
 
 constexpr int kRounds = 2;  // outputs of a flush that a thread finishes, at most
 
-// One row into shared memory, by registers: to wait for copies is to wait for the weights as well.
-__device__ __forceinline__ void load_row(std::byte* to, const bf16* from, int k) {
-  constexpr int kVectors = kMaxInputs / 8 / kThreads;
-  uint4 x[kVectors];
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v)
-    if (int at = v * kThreads + static_cast<int>(threadIdx.x); at < k / 8)
-      x[v] = load_cg(reinterpret_cast<const uint4*>(from) + at);
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v)
-    if (int at = v * kThreads + static_cast<int>(threadIdx.x); at < k / 8)
-      reinterpret_cast<uint4*>(to)[at] = x[v];
-}
-
 // Up to 8 rows a block. Grid (blocks, row blocks). Shared memory: activations [rows][pitch],
 // partial sums [flush_tiles] [kWarps][rows][kPartialPitch], rings [kWarps][kStages][kStageBytes].
 template <bool kOneRow, int kStages>
@@ -95,11 +81,8 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
   if (args.input != nullptr) {
     wait_for_predecessor();
     launch_dependents();
-    if constexpr (kOneRow)
-      load_row(activations, args.input, args.k);
-    else
-      load_rows<kThreads>(activations, pitch, args.input + first_row * args.input_stride,
-                          args.input_stride, rows, args.k);
+    load_rows<kThreads>(activations, pitch, args.input + first_row * args.input_stride,
+                        args.input_stride, rows, args.k);
   } else {
     int block = block_index();
     float4 weight[kNormVectors] = {};

@@ -17,7 +17,6 @@ namespace {
 constexpr int kGateUpSlices = kWarps / 2;  // of each of the two tiles of a pair
 constexpr int kDownWarps = 12;             // top_k + 1 in one go, for every known model
 constexpr int kRouteThreads = 1024;
-constexpr int kFewRows = 4;  // so few that down starts beside gate/up
 
 struct MoeArgs {
   Matrix gate_up, down, shared_down;
@@ -224,12 +223,12 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
 // Grid (hidden / 16). A block owns 16 outputs of all rows, a warp whole entries, so that the
 // weighted sum in rank order, the shared expert and the residual end in the same block. Shared
 // memory: [weighted sums (picks + rows) x 16][rings][one row's activations of every warp, or plan
-// and scratch]. For few rows it keeps to half of the registers, so that it starts beside the kernel
+// and scratch]. For one row it keeps to half of the registers, so that it starts beside the kernel
 // before.
 template <int kPerLane, int kStages, int kMostRows>
-__global__ __launch_bounds__(32 * kDownWarps, kMostRows <= kFewRows ? 2 : 1) void down_combine(
+__global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_combine(
     const __grid_constant__ MoeArgs args) {
-  constexpr bool kOneRow = kMostRows == 1, kLookAhead = kMostRows > kFewRows;
+  constexpr bool kOneRow = kMostRows == 1;
   extern __shared__ __align__(128) std::byte shared[];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   int tile = static_cast<int>(blockIdx.x), picks = args.rows * args.top_k;
@@ -300,8 +299,8 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows <= kFewRows ? 2 : 1) voi
     launch_dependents();
     waited = true;
   };
-  // For more rows than one: the lane's activations of the next chunk, of this entry or the next.
-  // Where registers allow they are on their way while a chunk is summed.
+  // For more rows than one: the lane's activations of the next chunk, of this entry or the next,
+  // are on their way while a chunk is summed.
   uint4 ahead[8];
   const uint4* ahead_from = nullptr;
   int ahead_index = 0, ahead_unit = 0, ahead_units = 0, ahead_step = 0;
@@ -329,7 +328,7 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows <= kFewRows ? 2 : 1) voi
     ahead_unit = 0;
     ++ahead_index;
   };
-  if constexpr (kLookAhead) load_ahead();
+  if constexpr (!kOneRow) load_ahead();
 #pragma unroll 1
   for (int index = 0; index < count; ++index) {
     if (kOneRow) wait_for_routed(index);
@@ -356,11 +355,10 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows <= kFewRows ? 2 : 1) voi
       int step = chunk_units(m.format);
 #pragma unroll 1
       for (int unit = 0; unit < all.end; unit += step) {
-        if (!kLookAhead) load_ahead();
         uint4 b[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) b[i] = ahead[i];
-        if (kLookAhead) load_ahead();
+        load_ahead();
         copy_async_wait<kStages - 1>();
         __syncwarp();
         sum.add(unit_shift_of(m.format), m.group_shift, StagedChunk{ring + stage * kStageBytes},
@@ -417,7 +415,6 @@ void allow(size_t limit) {
   allow_shared(gate_up<kPerLane, 4>, limit);
   allow_shared(gate_up<kPerLane, 3>, limit);
   allow_shared(down_combine<kPerLane, 3, 1>, limit);
-  allow_shared(down_combine<kPerLane, 5, kFewRows>, limit);
   allow_shared(down_combine<kPerLane, 6, kMaxRows>, limit);
 }
 
@@ -464,9 +461,8 @@ void launch_gate_up(const Launcher& launch, const MoeArgs& args, int sms) {
            static_cast<size_t>(kWarps * stages * kStageBytes) + plan_bytes(args);
   };
   int most = std::min(args.experts, picks) * args.gate_up.tiles / 2;
-  // Two blocks a multiprocessor hide each other's barriers and changes of rows. Few rows leave room
-  // for down beside one block instead, which is worth more.
-  dim3 grid(static_cast<unsigned>(std::min(args.rows > kFewRows ? 2 * sms : sms, most)));
+  // Of several rows, two blocks a multiprocessor hide each other's barriers and changes of rows.
+  dim3 grid(static_cast<unsigned>(std::min(args.rows > 1 ? 2 * sms : sms, most)));
   if (args.rows == 1)
     launch(gate_up<kPerLane, 4>, grid, kThreads, bytes(4), args, act_rows);
   else
@@ -485,8 +481,6 @@ void launch_down(const Launcher& launch, const MoeArgs& args) {
   constexpr int threads = 32 * kDownWarps;
   if (args.rows == 1)
     launch(down_combine<kPerLane, 3, 1>, grid, threads, bytes(3, kDownWarps * row), args);
-  else if (args.rows <= kFewRows)
-    launch(down_combine<kPerLane, 5, kFewRows>, grid, threads, bytes(5, plan_bytes(args)), args);
   else
     launch(down_combine<kPerLane, 6, kMaxRows>, grid, threads, bytes(6, plan_bytes(args)), args);
 }
