@@ -111,6 +111,12 @@ def test_a_kernel_that_may_overlap_waits_before_it_reads() -> None:
         images.waits_first(load + wait)
 
 
+def test_a_product_must_not_be_left_in_flight() -> None:
+    images.check_products("wgmma.wait_group.sync.aligned 0;")
+    with pytest.raises(images.ImageError, match="up to 3 products in flight"):
+        images.check_products("wgmma.wait_group.sync.aligned 0;\nwgmma.wait_group.sync.aligned 3;")
+
+
 def test_the_table_names_every_kernel_once() -> None:
     names = [spec.name for spec in specs()]
     assert len(set(names)) == len(names)

@@ -30,6 +30,7 @@ VERSION = 2
 PACKAGED = Path(__file__).parent / "images"  # what a build with Triton leaves here
 BITS = {"i32": 32, "i64": 64, "fp32": 32}
 _PTX_MEMORY = re.compile(r"\b(ld\.global|st\.global|cp\.async|red\.|atom\.)[.\w]*")
+_PTX_PRODUCTS = re.compile(r"wgmma\.wait_group\.sync\.aligned (\d+)")
 _PTX_PARAMETER = re.compile(r"\.param\s+\.[a-z]+(\d+)\s[^,)]*_param_(\d+)")
 
 
@@ -124,6 +125,20 @@ def waits_first(ptx: str) -> bool:
     return wait >= 0
 
 
+def check_products(ptx: str) -> None:
+    """Every product on the tensor cores is waited for before anything else.
+
+    One that is in flight may still read registers that the loop writes over (interpreted.py,
+    `finished`); whether it does shows in some tiles, sometimes.
+
+    Raises:
+        ImageError: The compiler left some in flight.
+    """
+    left = [int(count) for count in _PTX_PRODUCTS.findall(ptx)]
+    if any(left):
+        raise ImageError(f"the kernel leaves up to {max(left)} products in flight")
+
+
 @dataclass(frozen=True)
 class _AheadOfTime:
     """What a kernel's source learns of the device it is compiled for, in a GPU's absence."""
@@ -177,6 +192,7 @@ def compile_spec(spec: Spec, arch: int) -> Image:
                 "enable_fp_fusion": True,
             },
         )
+    check_products(made.asm["ptx"])
     about = made.metadata
     scratch = about.global_scratch_size + getattr(about, "profile_scratch_size", 0)
     if scratch or about.num_ctas != 1:
