@@ -70,6 +70,13 @@ def test_a_kernel_is_compiled_for_a_gpu_that_is_not_there(tmp_path: Path) -> Non
     assert images.read(tmp_path / "images", 90)[0].code == code
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_product_is_compiled_with_every_check(arch: int) -> None:
+    image = images.compile_spec(table()["expert_down_int4_g128_m128"], arch)
+    assert image.shared <= {80: 163, 90: 227}[arch] << 10
+    assert image.overlaps == (arch == 90)
+
+
 def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     with pytest.raises(images.ImageError, match="no kernel images"):
