@@ -85,9 +85,10 @@ class PrefillTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
     static std::map<std::pair<std::string, Recipe>, std::shared_ptr<Model>> made;
     std::shared_ptr<Model>& model = made[{shapes.name, recipe}];
     if (model) return model;
-    model = std::make_shared<Model>(
-        config_of(shapes), recipe, DType::bf16, concat("prefill ", shapes.name, recipe_name(recipe)),
-        std::vector{make_cuda_weight_home(0, make_cpu_weight_home(8))}, std::vector<int>{});
+    model = std::make_shared<Model>(config_of(shapes), recipe, DType::bf16,
+                                    concat("prefill ", shapes.name, recipe_name(recipe)),
+                                    std::vector{make_cuda_weight_home(0, make_cpu_weight_home(8))},
+                                    std::vector<int>{});
     std::mt19937 random(1);
     for (const Model::Entry& e : model->entries()) {
       const TensorSlot& slot = e.tensor->slot();
