@@ -73,7 +73,7 @@ class CudaBackend : public Backend {
     if (weights_.last) logits_ = arenas_.logits();
 
     before = used_memory();
-    if (prompt_) prompt_->warm_up(stream_, options.max_context, weights_, state_, logits_);
+    if (prompt_) prompt_->warm_up(stream_, weights_, state_, logits_);
     capture();
     graph_bytes_ = used_memory() - before;
   }
@@ -120,7 +120,7 @@ class CudaBackend : public Backend {
   }
 
   PrefillChunk prefill_chunk() const override {
-    return images_ ? PrefillChunk{Prompt::kTokens, Prompt::kTokensBesideDecode} : PrefillChunk{};
+    return images_ ? PrefillChunk{prompt_tokens_, Prompt::kTokensBesideDecode} : PrefillChunk{};
   }
 
   // Without kernels for prompts their tokens go through the decode step, one by one.
@@ -190,6 +190,7 @@ class CudaBackend : public Backend {
   };
 
   void reserve_scratch(const ReserveOptions& options) {
+    prompt_tokens_ = Prompt::tokens_for(options.max_context);
     const int max_context = options.max_context;
     auto rows = static_cast<size_t>(max_rows_);
     auto floats = [&](int64_t count) {
@@ -224,7 +225,7 @@ class CudaBackend : public Backend {
     step_ = step_buffer_.data();
     for (Inputs& in : inputs_) in.data = PinnedBuffer<std::byte>(input_bytes);
     if (images_)
-      prompt_ = std::make_unique<Prompt>(config_, properties_, *images_, *ops_, pages_stride_);
+      prompt_ = std::make_unique<Prompt>(config_, properties_, *images_, *ops_, max_context);
 
     if (!weights_.last) return;
     draws_ = std::make_unique<Draws>(config_.vocab_size, max_rows_, max_context,
@@ -362,6 +363,7 @@ class CudaBackend : public Backend {
   std::array<Inputs, kRing> inputs_;
   size_t next_input_ = 0;
 
+  int prompt_tokens_ = Prompt::kTokens;  // of a step, at most
   std::unique_ptr<Prompt> prompt_;
   std::unique_ptr<Draws> draws_;  // on the last shard
 

@@ -5,20 +5,21 @@
 namespace qwen_moe::cuda {
 
 Prompt::Prompt(const ModelConfig& config, const DeviceProperties& device, Images& images,
-               CudaOps& decode, int64_t most_pages)
-    : hidden_size_(config.hidden_size),
+               CudaOps& decode, int max_context)
+    : tokens_(tokens_for(max_context)),
+      hidden_size_(config.hidden_size),
       decode_(decode),
-      ops_(config, device, images, decode, kTokens),
-      hidden_(size_t{kTokens} * static_cast<size_t>(config.hidden_size)),
-      input_(3 * size_t{kTokens} + static_cast<size_t>(most_pages)) {
+      ops_(config, device, images, decode, tokens_),
+      hidden_(static_cast<size_t>(tokens_) * static_cast<size_t>(config.hidden_size)),
+      input_(3 * static_cast<size_t>(tokens_) +
+             static_cast<size_t>(max_context + tokens_) / kPageTokens + 1) {
   for (Inputs& in : inputs_) in.data = PinnedBuffer<int32_t>(input_.size());
 }
 
-void Prompt::warm_up(const Stream& stream, int max_context, const ShardWeights& weights,
+void Prompt::warm_up(const Stream& stream, const ShardWeights& weights,
                      const std::vector<LayerState>& state, SlotArray logits) {
-  const int most = std::min(kTokens, max_context);
-  const std::vector<int32_t> zeros(static_cast<size_t>(most));
-  for (int rows = most; rows > 0; rows /= 4)
+  const std::vector<int32_t> zeros(static_cast<size_t>(tokens_));
+  for (int rows = tokens_; rows > 0; rows /= 4)
     run(stream,
         {.tokens = std::span(zeros).first(static_cast<size_t>(rows)),
          .pages = zeros,

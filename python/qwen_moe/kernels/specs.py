@@ -129,14 +129,6 @@ def _dense() -> list[Spec]:
             table.append(
                 Spec(f"project_pair_{size}", dense.project_pair, dense.PAIR_TYPES, halves, **launch)
             )
-        table.append(
-            Spec(
-                f"unpack_{name}",
-                dense.unpack,
-                dense.UNPACK_TYPES,
-                {"BITS": bits, "GROUP": group, "BN": 128},
-            )
-        )
     return table
 
 
