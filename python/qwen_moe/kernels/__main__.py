@@ -26,7 +26,9 @@ def main() -> None:
         print(f"\r\x1b[K{line}" if tty else line, end="" if tty else "\n", file=sys.stderr)
 
     if options.jobs > 1:
-        images = build_parallel(options.out, options.arch, options.jobs, progress)
+        images = build_parallel(
+            options.out, options.arch, options.jobs, only=options.only, progress=progress
+        )
     else:
         first, step = map(int, options.share.split("/"))
         images = build(

@@ -292,29 +292,35 @@ def build(
 
 
 def build_parallel(
-    folder: Path, arch: int, jobs: int, progress: Callable[[str], None] = lambda _: None
+    folder: Path,
+    arch: int,
+    jobs: int,
+    *,
+    only: str = "",
+    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Image]:
     """As `build`, in processes of their own: a compiler takes one core."""
     triton_version()
     with tempfile.TemporaryDirectory() as made:
         parts = [Path(made) / str(i) for i in range(jobs)]
         compiler = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "standalone.py")]
-        running = [
-            subprocess.Popen(
-                [*compiler, f"--arch={arch}", f"--out={part}", f"--share={i}/{jobs}"],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for i, part in enumerate(parts)
-        ]
         images = []
-        for i, (process, part) in enumerate(zip(running, parts, strict=True)):
-            progress(f"compiling kernels for sm_{arch}: part {i + 1} of {jobs}")
-            _, said = process.communicate()
-            if process.returncode:
-                raise ImageError(f"compiling the prefill kernels failed:\n{said[-2000:]}")
-            images += read(part, arch)
+        with contextlib.ExitStack() as stack:
+            running = []
+            for i, part in enumerate(parts):
+                command = [*compiler, f"--arch={arch}", f"--out={part}", f"--only={only}"]
+                command.append(f"--share={i}/{jobs}")
+                process = subprocess.Popen(
+                    command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                )
+                running.append(stack.enter_context(process))
+                stack.callback(process.kill)  # where another one fails
+            for i, (process, part) in enumerate(zip(running, parts, strict=True)):
+                progress(f"compiling kernels for sm_{arch}: part {i + 1} of {jobs}")
+                _, said = process.communicate()
+                if process.returncode:
+                    raise ImageError(f"compiling the prefill kernels failed:\n{said[-2000:]}")
+                images += read(part, arch)
     write(folder, images, arch)
     return images
 
@@ -335,4 +341,4 @@ def load(arch: int, progress: Callable[[str], None] = lambda _: None) -> list[Im
     try:
         return read(folder, arch)
     except ImageError:
-        return build_parallel(folder, arch, min(16, os.cpu_count() or 1), progress)
+        return build_parallel(folder, arch, min(16, os.cpu_count() or 1), progress=progress)
