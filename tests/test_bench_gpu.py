@@ -9,6 +9,7 @@ import pytest
 
 import qwen_moe
 from qwen_moe import _core, bench, bench_gpu
+from qwen_moe.__main__ import main
 from test_cli import TINY_CONFIG, refused, run
 
 PLAN = bench_gpu.Plan(
@@ -90,6 +91,26 @@ def test_the_command_prints_what_it_measured(
     assert "beside a prompt of 70 tokens" in out
     assert f"{report['results'][0]['share_of_floor']:.0%} of it reached" in out
     assert "at most 64" in refused(capsys, *arguments, "--batch", "65")
+
+
+def test_other_tokens_without_graphs_are_an_error(
+    gpu: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bench_gpu.measure
+
+    def measured(*arguments) -> dict:
+        figures = whole(*arguments)
+        figures["without_graph"]["same_tokens"] = False
+        return figures
+
+    monkeypatch.setattr(bench, "resolve_devices", lambda device, devices: ["cuda:0"])
+    monkeypatch.setattr(bench_gpu, "measure", measured)
+    arguments = [
+        *("bench", "--config", str(gpu / "config.json"), "--threads", "1", "--device", "cpu"),
+        *("--batch", "1", "--prompt-tokens", "9", "--decode-tokens", "4", "--repeat", "1"),
+    ]
+    assert main(arguments) == 2
+    assert "other tokens" in capsys.readouterr().err
 
 
 def test_a_long_context_is_for_gpus(capsys: pytest.CaptureFixture[str]) -> None:

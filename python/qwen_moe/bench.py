@@ -22,7 +22,7 @@ from typing import Any
 
 from qwen_moe import _core, bench_gpu
 from qwen_moe.engine import Engine
-from qwen_moe.errors import InvalidArgument
+from qwen_moe.errors import DeviceError, InvalidArgument
 from qwen_moe.placement import resolve_devices
 from qwen_moe.sampling import SamplingParams
 
@@ -189,6 +189,11 @@ def run(args: argparse.Namespace) -> None:
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     print(text)
+    if gpu and not report["without_graph"]["same_tokens"]:
+        raise DeviceError(
+            "with graphs and without, the same prompt got other tokens: something that a kernel "
+            "reads is not what was written for it; the figures above are of a wrong result"
+        )
 
 
 def measure(
