@@ -53,7 +53,6 @@ class Bench(Projections, Mixers, Experts):
             ("rms_norm", lambda: self.rms_norm(t)),
             ("in_proj", lambda: p("in_proj qkv, z int4", t, s.channels + s.value_dim, h, 4, d)),
             ("in_proj", lambda: p("in_proj b, a bf16", t, gates, h, 16, d, narrow=True)),
-            ("unpack", lambda: self.unpack(t)),
             ("conv", lambda: self.convolution(t)),
             ("conv", lambda: self.conv_window(t)),
             ("delta", lambda: self.delta(t)),

@@ -160,17 +160,6 @@ def test_gate_and_up_in_one_product(bits: int, group: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
-def test_unpacked_weights(bits: int, group: int) -> None:
-    n, k = 40, 256
-    w = ref.random_weight(1, n, k, bits, group)
-    out = torch.empty(n, k, dtype=torch.bfloat16)
-    dense.unpack[(2, k // group)](
-        out, w.codes, w.scales, n, k, w.tile_words, BITS=bits, GROUP=group, BN=32
-    )
-    assert_close(ref.from_fragment_order(out), w.dense[0], ROUNDED)
-
-
 def test_rows_beside_a_row_do_not_change_its_bits() -> None:
     n, k = 64, 256
     w, x = ref.random_weight(1, n, k, 4, 128), ref.to_fragment_order(bf16_rows(40, k))

@@ -162,33 +162,3 @@ class Projections(Inputs):
             flops=4.0 * t * n * k,
             bytes=w.data.numel() + 2.0 * t * (k + n),
         )
-
-    def unpack(self, t: int) -> Case:
-        """With a library's product behind it: the other way to project."""
-        n, k = self.s.channels, self.s.hidden
-        w, x = self.weight("in_proj qkv int4", 1, n, k, 4), self.rows(t, k)
-        wide, out = self.empty(n, k), self.empty(t, n)
-        ordered = ref.to_fragment_order(x)
-
-        def unpack() -> None:
-            dense.unpack[(n // 128, k // 128)](
-                wide, w.codes, w.scales, n, k, w.tile_words, BITS=4, GROUP=128, BN=128
-            )
-
-        def both() -> None:
-            unpack()
-            torch.mm(ordered, wide.T, out=out)
-
-        def check() -> float:
-            at = self.sample(t)
-            both()
-            return relative(out[at], x[at].float() @ w.dense[0].T)
-
-        return Case(
-            "unpack + library in_proj qkv",
-            0,
-            [Variant("both", both), Variant("unpack alone", unpack)],
-            check,
-            flops=2.0 * t * n * k,
-            bytes=w.data.numel() + 2.0 * n * k,
-        )

@@ -9,43 +9,38 @@
 #include "cpu/ops.h"
 #include "engine/probe.h"
 #include "model/forward.h"
+#include "state/places.h"
 
 namespace qwen_moe::cpu {
 namespace {
 
-size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
+constexpr size_t kAlign = 64;
 
 class CpuBackend : public Backend {
  public:
   explicit CpuBackend(const BackendOptions& options)
       : config_(options.model->config()),
         weights_(options.model->shard(options.shard)),
-        layout_(declare_state(config_, weights_.span, weights_.last, options.kv_dtype)),
-        kv_dtype_(options.kv_dtype),
+        places_(declare_state(config_, weights_.span, weights_.last, options.kv_dtype), kAlign),
         pool_(ThreadPool::shared(options.threads)) {
-    require(kv_dtype_ == DType::f32 || kv_dtype_ == DType::bf16,
-            "kv_dtype must be float32 or bfloat16, got ", dtype_name(kv_dtype_));
-    // Fixed buffers follow each other in a slot; k and v of a layer follow each other in a page.
-    for (const StateBuffer& b : layout_.buffers) {
-      size_t& total = b.kind == BufferKind::fixed ? slot_bytes_ : page_bytes_;
-      offsets_.push_back(total);
-      total += round_up(b.bytes() * (b.kind == BufferKind::fixed ? 1 : kPageTokens));
-    }
+    require(options.kv_dtype == DType::f32 || options.kv_dtype == DType::bf16,
+            "kv_dtype must be float32 or bfloat16, got ", dtype_name(options.kv_dtype));
   }
 
-  const StateLayout& layout() const override { return layout_; }
+  const StateLayout& layout() const override { return places_.layout(); }
 
   void reserve(const ReserveOptions& options) override {
     slots_ = static_cast<size_t>(options.slots) + 1;
     pages_ = static_cast<size_t>(options.pages) + 1;
-    size_t state = slots_ * slot_bytes_ + pages_ * page_bytes_, available = available_memory();
+    size_t state = slots_ * places_.slot_bytes() + pages_ * places_.page_bytes(),
+           available = available_memory();
     require<Capacity>(available == 0 || state < available, options.slots, " sessions of ",
                       options.max_context, " tokens need ", state >> 20, " MiB of state, of which ",
-                      slot_bytes_, " bytes for each session and ", page_bytes_ / kPageTokens,
-                      " for each token; ", available >> 20,
+                      places_.slot_bytes(), " bytes for each session and ",
+                      places_.page_bytes() / kPageTokens, " for each token; ", available >> 20,
                       " MiB are available. Lower max_sessions or max_context");
-    slot_arena_ = HostBuffer<std::byte>(slots_ * slot_bytes_);
-    page_arena_ = HostBuffer<std::byte>(pages_ * page_bytes_);
+    slot_arena_ = HostBuffer<std::byte>(slots_ * places_.slot_bytes());
+    page_arena_ = HostBuffer<std::byte>(pages_ * places_.page_bytes());
     generation_.assign(slots_, 0);
 
     rows_ = std::max(kPrefillChunk, kMaxRows);
@@ -77,9 +72,12 @@ class CpuBackend : public Backend {
     pages_stride_ = (options.max_context + kPageTokens - 1) / kPageTokens;
     page_table_.resize(static_cast<size_t>(kMaxRows) * static_cast<size_t>(pages_stride_));
 
-    for (size_t i = 0; i < weights_.layers.size(); ++i)
-      state_.push_back(layer_state(weights_.span.begin + static_cast<int>(i)));
-    if (weights_.last) logits_ = slot_array("lm_head.logits");
+    for (size_t i = 0; i < weights_.layers.size(); ++i) {
+      int layer = weights_.span.begin + static_cast<int>(i);
+      state_.push_back(places_.layer(config_.layer_types[static_cast<size_t>(layer)], layer,
+                                     slot_arena_.data(), page_arena_.data()));
+    }
+    if (weights_.last) logits_ = places_.slot_array(slot_arena_.data(), "lm_head.logits");
   }
 
   std::map<std::string, size_t> memory() const override {
@@ -94,10 +92,10 @@ class CpuBackend : public Backend {
     Handoff zeros{buffers_.hidden, DType::f32, 2, config_.hidden_size};
     return probe_writes(
         *this, slot, generation_[static_cast<size_t>(slot)], page,
-        weights_.first ? nullptr : &zeros, offsets_,
+        weights_.first ? nullptr : &zeros, places_.offsets(),
         [&] {
-          std::memset(slot_at(slot), kProbePattern, slot_bytes_);
-          std::memset(page_at(page), kProbePattern, page_bytes_);
+          std::memset(slot_at(slot), kProbePattern, places_.slot_bytes());
+          std::memset(page_at(page), kProbePattern, places_.page_bytes());
         },
         [&](BufferKind kind) { return kind == BufferKind::fixed ? slot_at(slot) : page_at(page); });
   }
@@ -105,16 +103,16 @@ class CpuBackend : public Backend {
   void set_generation(int slot, uint32_t generation) override {
     generation_.at(static_cast<size_t>(slot)) = generation;
   }
-  void clear_slot(int slot) override { std::memset(slot_at(slot), 0, slot_bytes_); }
+  void clear_slot(int slot) override { std::memset(slot_at(slot), 0, places_.slot_bytes()); }
   void copy_slot(int to, int from) override {
-    std::memcpy(slot_at(to), slot_at(from), slot_bytes_);
+    std::memcpy(slot_at(to), slot_at(from), places_.slot_bytes());
   }
   void copy_page(int to, int from) override {
-    std::memcpy(page_at(to), page_at(from), page_bytes_);
+    std::memcpy(page_at(to), page_at(from), places_.page_bytes());
   }
   // All bits set is a NaN in float32 and in bfloat16.
-  void poison_slot(int slot) override { std::memset(slot_at(slot), 0xff, slot_bytes_); }
-  void poison_page(int page) override { std::memset(page_at(page), 0xff, page_bytes_); }
+  void poison_slot(int slot) override { std::memset(slot_at(slot), 0xff, places_.slot_bytes()); }
+  void poison_page(int page) override { std::memset(page_at(page), 0xff, places_.page_bytes()); }
 
   void read_buffer(size_t buffer, int slot, std::span<const int32_t> pages, int tokens,
                    std::span<std::byte> to) override {
@@ -193,34 +191,10 @@ class CpuBackend : public Backend {
 
  private:
   std::byte* slot_at(int slot) const {
-    return slot_arena_.data() + static_cast<size_t>(slot) * slot_bytes_;
+    return slot_arena_.data() + static_cast<size_t>(slot) * places_.slot_bytes();
   }
   std::byte* page_at(int page) const {
-    return page_arena_.data() + static_cast<size_t>(page) * page_bytes_;
-  }
-
-  size_t offset_of(const std::string& fqn) const {
-    for (size_t i = 0; i < layout_.buffers.size(); ++i)
-      if (layout_.buffers[i].fqn == fqn) return offsets_[i];
-    throw InvalidArgument(concat("no state buffer named ", fqn));
-  }
-
-  SlotArray slot_array(const std::string& fqn) const {
-    return {reinterpret_cast<float*>(slot_arena_.data() + offset_of(fqn)),
-            static_cast<int64_t>(slot_bytes_ / sizeof(float))};
-  }
-
-  LayerState layer_state(int layer) const {
-    std::string prefix = concat("layers.", layer, ".");
-    LayerState state;
-    if (config_.layer_types[static_cast<size_t>(layer)] == LayerType::linear_attention) {
-      state.conv_state = slot_array(prefix + "linear_attn.conv_state");
-      state.recurrent_state = slot_array(prefix + "linear_attn.recurrent_state");
-    } else {
-      state.kv = {page_arena_.data() + offset_of(prefix + "self_attn.k_cache"),
-                  static_cast<int64_t>(page_bytes_), kv_dtype_};
-    }
-    return state;
+    return page_arena_.data() + static_cast<size_t>(page) * places_.page_bytes();
   }
 
   void check_generation(int slot, uint32_t generation) const {
@@ -250,25 +224,24 @@ class CpuBackend : public Backend {
   // buffer.
   template <class Copy>
   void move(size_t buffer, int slot, std::span<const int32_t> pages, int tokens, const Copy& copy) {
-    const StateBuffer& b = layout_.buffers.at(buffer);
-    if (b.kind == BufferKind::fixed) return copy(slot_at(slot) + offsets_[buffer], 0, b.bytes());
+    const StateBuffer& b = layout().buffers.at(buffer);
+    if (b.kind == BufferKind::fixed)
+      return copy(slot_at(slot) + places_.offsets()[buffer], 0, b.bytes());
     auto heads = static_cast<size_t>(b.shape[0]);
     size_t row = b.bytes() / heads;  // one head of one token; a page is [heads, 64, head_dim]
     for (int t = 0; t < tokens; ++t)
       for (size_t h = 0; h < heads; ++h)
-        copy(page_at(pages[static_cast<size_t>(t / kPageTokens)]) + offsets_[buffer] +
+        copy(page_at(pages[static_cast<size_t>(t / kPageTokens)]) + places_.offsets()[buffer] +
                  (h * kPageTokens + static_cast<size_t>(t % kPageTokens)) * row,
              (static_cast<size_t>(t) * heads + h) * row, row);
   }
 
   const ModelConfig& config_;
   ShardWeights weights_;
-  StateLayout layout_;
-  DType kv_dtype_;
+  StatePlaces places_;
   std::shared_ptr<ThreadPool> pool_;
 
-  std::vector<size_t> offsets_;  // of every buffer, in its slot or page
-  size_t slot_bytes_ = 0, page_bytes_ = 0, slots_ = 0, pages_ = 0;
+  size_t slots_ = 0, pages_ = 0;
   HostBuffer<std::byte> slot_arena_;  // [slots, slot_bytes]
   HostBuffer<std::byte> page_arena_;  // [pages, page_bytes]
   std::vector<uint32_t> generation_;  // [slots]

@@ -11,36 +11,28 @@ namespace {
 
 constexpr size_t kAlign = 256;
 
-size_t round_up(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-
 }  // namespace
 
 Arenas::Arenas(const ModelConfig& config, StateLayout layout, int device, const Stream& stream)
-    : config_(config), layout_(std::move(layout)), device_(device), stream_(stream) {
-  for (const StateBuffer& b : layout_.buffers) {
-    size_t& total = b.kind == BufferKind::fixed ? slot_bytes_ : page_bytes_;
-    offsets_.push_back(total);
-    total += round_up(b.bytes() * (b.kind == BufferKind::fixed ? 1 : kPageTokens));
-  }
-}
+    : config_(config), places_(std::move(layout), kAlign), device_(device), stream_(stream) {}
 
 void Arenas::reserve(const ReserveOptions& options, size_t keep_free) {
   auto slots = static_cast<size_t>(options.slots) + 1;
   auto pages = static_cast<size_t>(options.pages) + 1;
-  size_t state = slots * slot_bytes_ + pages * page_bytes_, free = 0, total = 0;
+  size_t state = slots * places_.slot_bytes() + pages * places_.page_bytes(), free = 0, total = 0;
   QWEN_MOE_CUDA(cudaMemGetInfo(&free, &total));
   size_t room = free > keep_free ? free - keep_free : 0;
   auto session_pages = static_cast<size_t>((options.max_context + kPageTokens - 1) / kPageTokens);
-  size_t each = slot_bytes_ + page_bytes_ * session_pages;
+  size_t each = places_.slot_bytes() + places_.page_bytes() * session_pages;
   require<Capacity>(state <= room, options.slots, " sessions of ", options.max_context,
-                    " tokens need ", state >> 20, " MiB of state (", slot_bytes_ >> 20,
-                    " MiB for each session and ", page_bytes_ / kPageTokens,
+                    " tokens need ", state >> 20, " MiB of state (", places_.slot_bytes() >> 20,
+                    " MiB for each session and ", places_.page_bytes() / kPageTokens,
                     " bytes for each token); of ", total >> 20, " MiB on cuda:", device_, " ",
                     room >> 20, " MiB are left beside weights, scratch and graphs, which fit ",
                     room / std::max<size_t>(each, 1),
                     " such sessions. Lower max_sessions or max_context");
-  slot_arena_ = DeviceBuffer<std::byte>(slots * slot_bytes_);
-  page_arena_ = DeviceBuffer<std::byte>(pages * page_bytes_);
+  slot_arena_ = DeviceBuffer<std::byte>(slots * places_.slot_bytes());
+  page_arena_ = DeviceBuffer<std::byte>(pages * places_.page_bytes());
   generation_.assign(slots, 0);
   device_generation_ = DeviceBuffer<uint32_t>(slots);
   last_token_ = DeviceBuffer<int32_t>(slots);
@@ -55,31 +47,16 @@ void Arenas::reserve(const ReserveOptions& options, size_t keep_free) {
   clear(stale_);
 }
 
-size_t Arenas::offset_of(const std::string& fqn) const {
-  for (size_t i = 0; i < layout_.buffers.size(); ++i)
-    if (layout_.buffers[i].fqn == fqn) return offsets_[i];
-  throw InvalidArgument(concat("no state buffer named ", fqn));
-}
-
-SlotArray Arenas::slot_array(const std::string& fqn) const {
-  return {reinterpret_cast<float*>(slot_arena_.data() + offset_of(fqn)),
-          static_cast<int64_t>(slot_bytes_ / sizeof(float))};
-}
-
 LayerState Arenas::layer(int layer) const {
-  std::string prefix = concat("layers.", layer, ".");
-  LayerState state;
-  if (config_.layer_types[static_cast<size_t>(layer)] == LayerType::linear_attention) {
-    state.conv_state = slot_array(prefix + "linear_attn.conv_state");
-    state.recurrent_state = slot_array(prefix + "linear_attn.recurrent_state");
-  } else {
+  const LayerType type = config_.layer_types[static_cast<size_t>(layer)];
+  if (type != LayerType::linear_attention) {
     // The kernels find V behind K.
-    size_t k = offset_of(prefix + "self_attn.k_cache"), v = offset_of(prefix + "self_attn.v_cache");
-    require<Error>(v - k == static_cast<size_t>(config_.kv_dim()) * kPageTokens * 2,
+    const std::string prefix = concat("layers.", layer, ".self_attn.");
+    require<Error>(places_.offset_of(prefix + "v_cache") - places_.offset_of(prefix + "k_cache") ==
+                       static_cast<size_t>(config_.kv_dim()) * kPageTokens * 2,
                    "k_cache and v_cache of layer ", layer, " are not neighbours");
-    state.kv = {page_arena_.data() + k, static_cast<int64_t>(page_bytes_), DType::bf16};
   }
-  return state;
+  return places_.layer(type, layer, slot_arena_.data(), page_arena_.data());
 }
 
 void Arenas::check_generation(int slot, uint32_t generation) const {
@@ -89,16 +66,16 @@ void Arenas::check_generation(int slot, uint32_t generation) const {
 }
 
 Discovered Arenas::discover(Backend& backend, int slot, int page, const Handoff* input) {
-  std::vector<std::byte> after(std::max(slot_bytes_, page_bytes_));
+  std::vector<std::byte> after(std::max(places_.slot_bytes(), places_.page_bytes()));
   return probe_writes(
-      backend, slot, generation_[static_cast<size_t>(slot)], page, input, offsets_,
+      backend, slot, generation_[static_cast<size_t>(slot)], page, input, places_.offsets(),
       [&] {
-        fill(slot_at(slot), kProbePattern, slot_bytes_);
-        fill(page_at(page), kProbePattern, page_bytes_);
+        fill(slot_at(slot), kProbePattern, places_.slot_bytes());
+        fill(page_at(page), kProbePattern, places_.page_bytes());
       },
       [&](BufferKind kind) {
         bool fixed = kind == BufferKind::fixed;
-        if (size_t bytes = fixed ? slot_bytes_ : page_bytes_) {
+        if (size_t bytes = fixed ? places_.slot_bytes() : places_.page_bytes()) {
           QWEN_MOE_CUDA(cudaMemcpyAsync(after.data(), fixed ? slot_at(slot) : page_at(page), bytes,
                                         cudaMemcpyDeviceToHost, stream_));
           stream_.synchronize();
@@ -114,7 +91,7 @@ void Arenas::set_generation(int slot, uint32_t generation) {
 }
 
 void Arenas::copy_slot(int to, int from) {
-  copy(slot_at(to), slot_at(from), slot_bytes_);
+  copy(slot_at(to), slot_at(from), places_.slot_bytes());
   copy(last_token_.data() + to, last_token_.data() + from, sizeof(int32_t));
 }
 
@@ -149,15 +126,15 @@ template <class CopyRun>
 void Arenas::move(size_t buffer, int slot, std::span<const int32_t> pages, int tokens,
                   const CopyRun& copy_run) {
   DeviceGuard device(device_);
-  const StateBuffer& b = layout_.buffers.at(buffer);
+  const StateBuffer& b = layout().buffers.at(buffer);
   if (b.kind == BufferKind::fixed) {
-    copy_run(slot_at(slot) + offsets_[buffer], 0, Run{b.bytes(), 1, b.bytes()});
+    copy_run(slot_at(slot) + places_.offsets()[buffer], 0, Run{b.bytes(), 1, b.bytes()});
   } else {
     auto heads = static_cast<size_t>(b.shape[0]);
     size_t width = b.bytes() / heads;  // one head of one token; a page is [heads, 64, head_dim]
     for (int t = 0; t < tokens; t += kPageTokens)
       for (size_t h = 0; h < heads; ++h)
-        copy_run(page_at(pages[static_cast<size_t>(t / kPageTokens)]) + offsets_[buffer] +
+        copy_run(page_at(pages[static_cast<size_t>(t / kPageTokens)]) + places_.offsets()[buffer] +
                      h * kPageTokens * width,
                  (static_cast<size_t>(t) * heads + h) * width,
                  Run{width, static_cast<size_t>(std::min(kPageTokens, tokens - t)), heads * width});

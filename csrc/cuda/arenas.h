@@ -12,7 +12,7 @@
 
 #include "cuda/runtime.h"
 #include "engine/backend.h"
-#include "model/forward.h"
+#include "state/places.h"
 
 namespace qwen_moe::cuda {
 
@@ -24,13 +24,13 @@ class Arenas {
   // Throws Capacity when the arenas do not fit and leave `keep_free` bytes of the device.
   void reserve(const ReserveOptions& options, size_t keep_free);
 
-  const StateLayout& layout() const { return layout_; }
+  const StateLayout& layout() const { return places_.layout(); }
   size_t slot_arena_bytes() const { return slot_arena_.bytes(); }
   size_t page_arena_bytes() const { return page_arena_.bytes(); }
 
   // Where the kernels find it.
   LayerState layer(int layer) const;
-  SlotArray logits() const { return slot_array("lm_head.logits"); }
+  SlotArray logits() const { return places_.slot_array(slot_arena_.data(), "lm_head.logits"); }
   const uint32_t* generation() const { return device_generation_.data(); }  // [slots]
   int32_t* last_token() const { return last_token_.data(); }                // [slots] drawn last
   // [slots] 1: the last step named an old generation
@@ -43,12 +43,12 @@ class Arenas {
   // null on the first shard.
   Discovered discover(Backend& backend, int slot, int page, const Handoff* input);
   void set_generation(int slot, uint32_t generation);
-  void clear_slot(int slot) { fill(slot_at(slot), 0, slot_bytes_); }
+  void clear_slot(int slot) { fill(slot_at(slot), 0, places_.slot_bytes()); }
   void copy_slot(int to, int from);
-  void copy_page(int to, int from) { copy(page_at(to), page_at(from), page_bytes_); }
+  void copy_page(int to, int from) { copy(page_at(to), page_at(from), places_.page_bytes()); }
   // All bits set is a NaN in float32 and in bfloat16.
-  void poison_slot(int slot) { fill(slot_at(slot), 0xff, slot_bytes_); }
-  void poison_page(int page) { fill(page_at(page), 0xff, page_bytes_); }
+  void poison_slot(int slot) { fill(slot_at(slot), 0xff, places_.slot_bytes()); }
+  void poison_page(int page) { fill(page_at(page), 0xff, places_.page_bytes()); }
   void read_buffer(size_t buffer, int slot, std::span<const int32_t> pages, int tokens,
                    std::span<std::byte> to);
   void write_buffer(size_t buffer, int slot, std::span<const int32_t> pages, int tokens,
@@ -60,13 +60,11 @@ class Arenas {
   };
 
   std::byte* slot_at(int slot) const {
-    return slot_arena_.data() + static_cast<size_t>(slot) * slot_bytes_;
+    return slot_arena_.data() + static_cast<size_t>(slot) * places_.slot_bytes();
   }
   std::byte* page_at(int page) const {
-    return page_arena_.data() + static_cast<size_t>(page) * page_bytes_;
+    return page_arena_.data() + static_cast<size_t>(page) * places_.page_bytes();
   }
-  size_t offset_of(const std::string& fqn) const;
-  SlotArray slot_array(const std::string& fqn) const;
   void fill(std::byte* at, int value, size_t bytes);
   void copy(void* to, const void* from, size_t bytes);
   template <class CopyRun>
@@ -74,12 +72,10 @@ class Arenas {
             const CopyRun& copy_run);
 
   const ModelConfig& config_;
-  StateLayout layout_;
+  StatePlaces places_;
   int device_;
   const Stream& stream_;
 
-  std::vector<size_t> offsets_;  // of every buffer, in its slot or page
-  size_t slot_bytes_ = 0, page_bytes_ = 0;
   DeviceBuffer<std::byte> slot_arena_;  // [slots, slot_bytes]
   DeviceBuffer<std::byte> page_arena_;  // [pages, page_bytes]
   std::vector<uint32_t> generation_;    // [slots]

@@ -6,7 +6,8 @@ CudaOps::CudaOps(const ModelConfig& config, const DeviceProperties& device, int 
                  int max_context)
     : c_(config), device_(device), max_rows_(max_rows), max_context_(max_context) {
   reserve_dense();
-  reserve_moe();
+  reserve_gate_up();
+  reserve_down();
   reserve_gated_delta();
   reserve_attention();
 }

@@ -35,8 +35,8 @@ class CudaOps {
   void attention_step(const AttentionArgs<float, bf16>& args);     // attention.cu
   void out_proj_residual(const OutProjArgs<float, bf16>& args);    // dense.cu
   void norm_router_shared(const NormRouterSharedArgs<float, bf16>& args);       // dense.cu
-  void routed_gate_up(const RoutedGateUpArgs<float, bf16>& args);               // moe.cu
-  void down_combine_residual(const DownCombineArgs<float, bf16>& args);         // moe.cu
+  void routed_gate_up(const RoutedGateUpArgs<float, bf16>& args);               // gate_up.cu
+  void down_combine_residual(const DownCombineArgs<float, bf16>& args);         // down.cu
   void lm_head(const LmHeadArgs<float>& args);                                  // dense.cu
   const float* inverse_frequency() const { return inverse_frequency_.data(); }  // [rotary_dim / 2]
   // A prompt goes through the decode step, token by token.
@@ -48,7 +48,8 @@ class CudaOps {
 
   // Scratch and launch limits of the kernels in the file of that name; called once.
   void reserve_dense();
-  void reserve_moe();
+  void reserve_gate_up();
+  void reserve_down();
   void reserve_gated_delta();
   void reserve_attention();
 
@@ -74,7 +75,7 @@ class CudaOps {
   std::deque<Schedule> schedules_;
   DeviceBuffer<bf16> normed_;  // [max_rows, hidden]
 
-  // moe.cu: which expert takes which rows, for many rows.
+  // gate_up.cu: which expert takes which rows, for many rows.
   DeviceBuffer<std::byte> route_;
 
   // attention.cu: partial results of every split, and the rotary frequencies.

@@ -14,11 +14,11 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from qwen_moe import _core
 from qwen_moe.bundle import MANIFEST
+from qwen_moe.closing import Closing
 from qwen_moe.errors import InvalidArgument
 
 SHARD_BYTES = 4 << 30
@@ -28,7 +28,7 @@ PIECE_BYTES = 16 << 20
 _JOURNAL = ".qwen_moe_partial"
 
 
-class ShardWriter:
+class ShardWriter(Closing):
     """Safetensors files whose tensors are written one after the other.
 
     All sizes are known beforehand, so a file's header is written first and nothing is kept.
@@ -67,16 +67,7 @@ class ShardWriter:
         self._file: BinaryIO | None = None
         self.sums: dict[str, int] = {}
 
-    def __enter__(self) -> ShardWriter:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Close the files that are open."""
         self._journal.close()
         if self._file is not None:

@@ -7,11 +7,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from qwen_moe import _core, batch, loading, snapshot
 from qwen_moe.batch import Generation
 from qwen_moe.checkpoint import Checkpoint
+from qwen_moe.closing import Closing
 from qwen_moe.detokenizer import Detokenizer
 from qwen_moe.errors import FormatError, InvalidArgument
 from qwen_moe.placement import resolve_devices, resolve_split
@@ -41,7 +41,7 @@ class ServingCapacity:
     reason: str
 
 
-class Engine:
+class Engine(Closing):
     """A loaded model and the state of its sessions.
 
     All memory is taken when it opens. Any thread may call anything; calls are served in turn,
@@ -169,19 +169,6 @@ class Engine:
             cuda_graph=cuda_graph,
             prefill_kernels=prefill_images(self.devices) if prefill_kernels else [],
         )
-
-    def __enter__(self) -> Engine:
-        """The engine itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close it."""
-        self.close()
 
     def __repr__(self) -> str:
         """Path, recipe and place."""

@@ -7,12 +7,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 
 from qwen_moe import snapshot
+from qwen_moe.closing import Closing
 from qwen_moe.errors import CapacityError, Error, InvalidArgument
 from qwen_moe.sampling import SamplingParams
 
@@ -44,7 +44,7 @@ class Step:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-class Session:
+class Session(Closing):
     """A timeline of tokens and the state computed from it. `Engine.session` opens one.
 
     Prompts and drawn tokens are appended at the current position. One thread at a time may drive a
@@ -65,19 +65,6 @@ class Session:
         self._detokenizer: Detokenizer | None = None
         self._stop = threading.Event()
         self.finish_reason = ""
-
-    def __enter__(self) -> Session:
-        """The session itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close it."""
-        self.close()
 
     def __del__(self) -> None:
         """Close it, so that a forgotten session does not keep its slot."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qwen_moe.closing import Closing
 from qwen_moe.errors import FormatError
 from qwen_moe.weights import Weight
 
@@ -18,7 +18,7 @@ WINDOW_BYTES = 16 << 20
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
-class Shards:
+class Shards(Closing):
     """Open shard files, re-opened whenever a window's worth of them was read.
 
     Pages of a mapped file count as memory of the process for as long as it is mapped.
@@ -28,19 +28,6 @@ class Shards:
         """Nothing is open yet."""
         self._open: dict[Path, Any] = {}
         self._read = 0
-
-    def __enter__(self) -> Shards:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close every file."""
-        self.close()
 
     def read(self, tensor: StoredTensor, *part: slice) -> torch.Tensor:
         """A part of a tensor, one slice for each of its leading dimensions: a view of the file.

@@ -80,6 +80,22 @@ class Weight(ABC):
         raise NotImplementedError(self.describe())
 
 
+class Composite(Weight):
+    """A weight that is named after the first of its tensors."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Of that tensor."""
+        return next(iter(self.tensors())).name
+
+    @property
+    def file(self) -> Path:  # type: ignore[override]
+        """Of that tensor."""
+        return next(iter(self.tensors())).file
+
+
 @dataclass(frozen=True, slots=True)
 class Levels:
     """Quantized values of some rows: scale * (code - zero).
@@ -95,7 +111,7 @@ class Levels:
     zeros: torch.Tensor | None = None
 
 
-class QuantizedMatrix(Weight):
+class QuantizedMatrix(Composite):
     """A matrix of integer codes with a scale for every group of input features.
 
     Attributes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from qwen_moe.errors import InvalidArgument
@@ -40,19 +39,9 @@ class AwqMatrix(QuantizedMatrix):
     symmetric = False
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """Of the codes."""
-        return self.qweight.name
-
-    @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """[output features, input features]."""
         return (self.qweight.shape[1] * PER_WORD, self.qweight.shape[0])
-
-    @property
-    def file(self) -> Path:  # type: ignore[override]
-        """Of the codes."""
-        return self.qweight.file
 
     def tensors(self) -> tuple[StoredTensor, ...]:
         """Codes, scales and zero points."""

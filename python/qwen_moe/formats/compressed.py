@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from qwen_moe.errors import FormatError, InvalidArgument
@@ -46,19 +45,9 @@ class PackedMatrix(QuantizedMatrix):
         return self.zero_point is None
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """Of the codes."""
-        return self.packed.name
-
-    @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """[output features, input features]."""
         return (self.packed.shape[0], self.packed.shape[1] * PER_WORD)
-
-    @property
-    def file(self) -> Path:  # type: ignore[override]
-        """Of the codes."""
-        return self.packed.file
 
     def tensors(self) -> tuple[StoredTensor, ...]:
         """Codes, scales, and what else there is."""

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen_moe.errors import FormatError, InvalidArgument
 from qwen_moe.shards import Shards, StoredTensor
-from qwen_moe.weights import DTYPE_BYTES, Weight
+from qwen_moe.weights import DTYPE_BYTES, Composite, Weight
 
 _DTYPE = "F8_E4M3"
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Matrix(Weight):
+class Fp8Matrix(Composite):
     """A matrix, or a stack of them, in e4m3 with a scale for every block.
 
     Attributes:
@@ -39,19 +38,9 @@ class Fp8Matrix(Weight):
     dtype = "float32"
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """Of the weight."""
-        return self.weight.name
-
-    @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """Of the weight."""
         return self.weight.shape
-
-    @property
-    def file(self) -> Path:  # type: ignore[override]
-        """Of the weight."""
-        return self.weight.file
 
     def describe(self) -> str:
         """Name, shape, dtype and file, for errors."""

@@ -20,7 +20,7 @@ import torch
 
 from qwen_moe.errors import FormatError, InvalidArgument
 from qwen_moe.shards import Shards, StoredTensor
-from qwen_moe.weights import Levels, QuantizedMatrix, Weight
+from qwen_moe.weights import Composite, Levels, QuantizedMatrix, Weight
 
 _DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODED = {"Q8_0": "int8", "Q4_0": "int4"}
@@ -78,15 +78,10 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class GgufTensor(Weight):
+class GgufTensor(Composite):
     """A tensor that is read as values: a plain one, or blocks that the package dequantizes."""
 
     place: Place
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """In the file."""
-        return self.place.stored.name
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -97,11 +92,6 @@ class GgufTensor(Weight):
     def dtype(self) -> str:  # type: ignore[override]
         """Its own when it is plain, else float32."""
         return self.place.stored.dtype if self.place.kind in _DENSE else "float32"
-
-    @property
-    def file(self) -> Path:  # type: ignore[override]
-        """That holds it."""
-        return self.place.stored.file
 
     def describe(self) -> str:
         """Name, shape, type and file, for errors."""
@@ -137,19 +127,9 @@ class GgufCodes(QuantizedMatrix):
         return _CODED[self.place.kind]
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """In the file."""
-        return self.place.stored.name
-
-    @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """Outermost dimension first."""
         return self.place.stored.shape
-
-    @property
-    def file(self) -> Path:  # type: ignore[override]
-        """That holds it."""
-        return self.place.stored.file
 
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The one in the file."""

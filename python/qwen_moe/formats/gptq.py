@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,19 +44,9 @@ class GptqMatrix(QuantizedMatrix):
     format = "int4"
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """Of the codes."""
-        return self.qweight.name
-
-    @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """[output features, input features]."""
         return (self.qweight.shape[1], self.qweight.shape[0] * PER_WORD)
-
-    @property
-    def file(self) -> Path:  # type: ignore[override]
-        """Of the codes."""
-        return self.qweight.file
 
     def tensors(self) -> tuple[StoredTensor, ...]:
         """Codes, scales, zero points and the order of the groups."""

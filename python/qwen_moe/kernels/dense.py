@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .interpreted import follow
-from .tiles import expand, fragment_order, multiply
+from .tiles import fragment_order, multiply
 
 TYPES = {
     "out": "*bf16",
@@ -42,15 +42,6 @@ PAIR_TYPES = {
     "k": "i32/16",
     "tile_words": "i32/16",
     "up_words": "i64/16",
-}
-
-UNPACK_TYPES = {
-    "out": "*bf16",
-    "codes": "*i32",
-    "scales": "*fp16",
-    "n": "i32/16",
-    "k": "i32/16",
-    "tile_words": "i32/16",
 }
 
 
@@ -199,32 +190,3 @@ def silu_times(total, BN: tl.constexpr, BM: tl.constexpr):
     gate, up = tl.split(tl.permute(tl.reshape(total, (2, BN, BM)), (2, 1, 0)))
     value = gate * tl.sigmoid(gate) * up
     return fragment_order(value.to(tl.bfloat16), BM, BN)
-
-
-@triton.jit
-def unpack(
-    out, codes, scales, n, k, tile_words, BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr
-):
-    """out = W as bf16 rows in fragment order, for a library's matrix product.
-
-    Grid (blocks of BN outputs, k / GROUP). Each weight is rounded to bf16 once.
-
-    Args:
-        out: bf16 [n, k].
-    """
-    follow()
-    first = tl.program_id(0) * BN
-    group = tl.program_id(1)
-    step: tl.constexpr = GROUP // 2 * BITS
-    tile = tl.minimum(first // 16 + tl.arange(0, BN // 16), (n - 1) // 16)
-    offset = (tile.to(tl.int64) * tile_words)[:, None]
-    words = tl.load(codes + offset + group * step + tl.arange(0, step)[None, :])
-    value = expand(words, BITS, BN // 16, GROUP // 64)
-    if BITS < 16:
-        scale = tl.load(scales + offset * 2 + group * 16 + tl.arange(0, 16)[None, :])
-        scale = tl.reshape(scale, (BN,)).to(tl.float32)
-        value = (value.to(tl.float32) * scale[:, None]).to(tl.bfloat16)
-    row = first + tl.arange(0, BN)
-    column = group * GROUP + tl.arange(0, GROUP)
-    to = out + (row.to(tl.int64) * k)[:, None] + column[None, :]
-    tl.store(to, value, mask=(row < n)[:, None])

@@ -17,7 +17,8 @@ from .widen import pair, twice, widen_int4, widen_int8
 
 @triton.jit
 def over_words(scale, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
-    """[R, 8] of outputs q -> the shape of a tile's words."""
+    """fp32 [R, 8] of outputs q -> twice as bf16 in a word, in the shape of a tile's words."""
+    scale = twice(scale)
     if BITS == 4:
         scale = tl.broadcast_to(scale[:, None, :, None, None], (R, U, 8, 4, 4))
     else:
@@ -26,41 +27,40 @@ def over_words(scale, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
 
 
 @triton.jit
-def arrange(words, scale, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr, SCALED):
-    """[R, U units of words] -> [16 R, 64 U]; fp32 scales [R, 16] are read with SCALED only."""
-    high, low, high8, low8 = words, words, words, words
-    if SCALED:
-        upper = scale.to(tl.bfloat16).to(tl.float32)
-        high, high8 = tl.split(tl.permute(tl.reshape(upper, (R, 2, 8)), (0, 2, 1)))
-        low, low8 = tl.split(tl.permute(tl.reshape(scale - upper, (R, 2, 8)), (0, 2, 1)))
-        high, high8 = over_words(twice(high), BITS, R, U), over_words(twice(high8), BITS, R, U)
-        low, low8 = over_words(twice(low), BITS, R, U), over_words(twice(low8), BITS, R, U)
+def split_scales(scale, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
+    """fp16 [R, 16] -> what widen.py takes: the upper bits and the rest of outputs q, then q + 8."""
+    scale = scale.to(tl.float32)
+    upper = scale.to(tl.bfloat16).to(tl.float32)
+    high, high8 = tl.split(tl.permute(tl.reshape(upper, (R, 2, 8)), (0, 2, 1)))
+    low, low8 = tl.split(tl.permute(tl.reshape(scale - upper, (R, 2, 8)), (0, 2, 1)))
+    high, high8 = over_words(high, BITS, R, U), over_words(high8, BITS, R, U)
+    low, low8 = over_words(low, BITS, R, U), over_words(low8, BITS, R, U)
+    return high, low, high8, low8
+
+
+@triton.jit
+def expand(words, scale, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
+    """[R tiles, U units of words] int32 -> bf16 weights [16 R outputs, 64 U inputs].
+
+    Args:
+        scale: fp16 [R, 16] of one group; anything for bf16 weights.
+    """
     if BITS == 4:
+        high, low, high8, low8 = split_scales(scale, BITS, R, U)
         w = tl.reshape(words, (R, U, 8, 4, 4))
-        a, b, c, d = widen_int4(w, high, low, high8, low8, SCALED)
+        a, b, c, d = widen_int4(w, high, low, high8, low8)
         w = tl.join(tl.join(a, c), tl.join(b, d))  # R U q t s h r o
         w = tl.permute(w, (0, 7, 2, 1, 4, 6, 3, 5))
     elif BITS == 8:
+        high, low, high8, low8 = split_scales(scale, BITS, R, U)
         w = tl.reshape(words, (R, U, 2, 8, 4, 2, 2))
-        a, b = widen_int8(w, high, low, high8, low8, SCALED)
+        a, b = widen_int8(w, high, low, high8, low8)
         w = tl.join(a, b)  # R U s/2 q t s%2 r h o
         w = tl.permute(w, (0, 8, 3, 1, 2, 5, 6, 4, 7))
     else:
         w = pair(tl.reshape(words, (R, U, 4, 8, 4, 2, 2)))  # R U s q t r o h
         w = tl.permute(w, (0, 6, 3, 1, 2, 5, 4, 7))
     return tl.reshape(w, (16 * R, 64 * U))
-
-
-@triton.jit
-def expand(words, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
-    """[R tiles, U units of words] int32 -> bf16 codes [16 R outputs, 64 U inputs]."""
-    return arrange(words, words, BITS, R, U, False)
-
-
-@triton.jit
-def expand_scaled(words, scale, BITS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
-    """As `expand`, times fp16 scales [R, 16] of one group."""
-    return arrange(words, scale.to(tl.float32), BITS, R, U, True)
 
 
 @triton.jit
@@ -109,11 +109,10 @@ def multiply(
     for i in range(k // STEP):
         words = tl.load(code_ptrs)
         rows = tl.load(x_ptrs, mask=row_mask[:, None], other=0.0)
-        if BITS == 16:
-            w = expand(words, BITS, BN // 16, units)
-        else:
+        scale = words
+        if BITS < 16:
             scale = tl.load(scale_ptrs + i * STEP // GROUP * 16)
-            w = expand_scaled(words, scale, BITS, BN // 16, units)
+        w = expand(words, scale, BITS, BN // 16, units)
         total = finished(dot_add(w, tl.trans(rows), total))
         code_ptrs += words_step
         x_ptrs += STEP

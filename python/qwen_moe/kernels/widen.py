@@ -41,134 +41,86 @@ def plain_scaled(x, high, low):
 
 
 @triton.jit
-def widen_int4(word, high, low, high8, low8, SCALED: tl.constexpr):
+def widen_int4(word, high, low, high8, low8):
     """Words of eight codes -> pairs of output q, q + 8, q, q + 8.
 
-    128 + code is exact in bf16, then 136 comes off. With SCALED times a scale that is the sum of
+    128 + code is exact in bf16, then 136 comes off. It is multiplied by a scale that is the sum of
     two words of `twice`, high + low of output q and high8 + low8 of output q + 8: bf16 holds 8 bits
     of a scale and the rest is low, so the weight is rounded once.
     """
     if INTERPRETED:
         a, b = plain(word, 0, 16, 15, 8), plain(word, 4, 20, 15, 8)
         c, d = plain(word, 8, 24, 15, 8), plain(word, 12, 28, 15, 8)
-        if SCALED:
-            a, b = plain_scaled(a, high, low), plain_scaled(b, high8, low8)
-            c, d = plain_scaled(c, high, low), plain_scaled(d, high8, low8)
+        a, b = plain_scaled(a, high, low), plain_scaled(b, high8, low8)
+        c, d = plain_scaled(c, high, low), plain_scaled(d, high8, low8)
         return a, b, c, d
-    if SCALED:
-        a, b, c, d = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 shifted, one, bias, rest, zero;
-            mov.b32 one, 0x3f803f80;
-            mov.b32 bias, 0xc308c308;
-            mov.b32 zero, 0x80008000;
-            lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $0, $0, one, bias;
-            fma.rn.bf16x2 rest, $0, $6, zero;
-            fma.rn.bf16x2 $0, $0, $5, rest;
-            shr.u32 shifted, $4, 4;
-            lop3.b32 $1, shifted, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $1, $1, one, bias;
-            fma.rn.bf16x2 rest, $1, $8, zero;
-            fma.rn.bf16x2 $1, $1, $7, rest;
-            shr.u32 shifted, $4, 8;
-            lop3.b32 $2, shifted, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $2, $2, one, bias;
-            fma.rn.bf16x2 rest, $2, $6, zero;
-            fma.rn.bf16x2 $2, $2, $5, rest;
-            shr.u32 shifted, $4, 12;
-            lop3.b32 $3, shifted, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $3, $3, one, bias;
-            fma.rn.bf16x2 rest, $3, $8, zero;
-            fma.rn.bf16x2 $3, $3, $7, rest;
-            }""",
-            "=&r,=&r,=&r,=&r,r,r,r,r,r",
-            [word, high, low, high8, low8],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 shifted, one, bias;
-            mov.b32 one, 0x3f803f80;
-            mov.b32 bias, 0xc308c308;
-            lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $0, $0, one, bias;
-            shr.u32 shifted, $4, 4;
-            lop3.b32 $1, shifted, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $1, $1, one, bias;
-            shr.u32 shifted, $4, 8;
-            lop3.b32 $2, shifted, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $2, $2, one, bias;
-            shr.u32 shifted, $4, 12;
-            lop3.b32 $3, shifted, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $3, $3, one, bias;
-            }""",
-            "=&r,=&r,=&r,=&r,r",
-            [word],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
+    a, b, c, d = tl.inline_asm_elementwise(
+        """{
+        .reg .b32 shifted, one, bias, rest, zero;
+        mov.b32 one, 0x3f803f80;
+        mov.b32 bias, 0xc308c308;
+        mov.b32 zero, 0x80008000;
+        lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $0, $0, one, bias;
+        fma.rn.bf16x2 rest, $0, $6, zero;
+        fma.rn.bf16x2 $0, $0, $5, rest;
+        shr.u32 shifted, $4, 4;
+        lop3.b32 $1, shifted, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $1, $1, one, bias;
+        fma.rn.bf16x2 rest, $1, $8, zero;
+        fma.rn.bf16x2 $1, $1, $7, rest;
+        shr.u32 shifted, $4, 8;
+        lop3.b32 $2, shifted, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $2, $2, one, bias;
+        fma.rn.bf16x2 rest, $2, $6, zero;
+        fma.rn.bf16x2 $2, $2, $5, rest;
+        shr.u32 shifted, $4, 12;
+        lop3.b32 $3, shifted, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $3, $3, one, bias;
+        fma.rn.bf16x2 rest, $3, $8, zero;
+        fma.rn.bf16x2 $3, $3, $7, rest;
+        }""",
+        "=&r,=&r,=&r,=&r,r,r,r,r,r",
+        [word, high, low, high8, low8],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
     return pair(a), pair(b), pair(c), pair(d)
 
 
 @triton.jit
-def widen_int8(word, high, low, high8, low8, SCALED: tl.constexpr):
-    """Words of four codes -> pairs of output q and q + 8; SCALED as above.
+def widen_int8(word, high, low, high8, low8):
+    """Words of four codes -> pairs of output q and q + 8; scales as above.
 
     bf16 keeps 8 bits: 128 + the low 7 are exact; the top bit says whether 128 or 256 comes off.
     """
     if INTERPRETED:
         a, b = plain(word, 0, 8, 255, 128), plain(word, 16, 24, 255, 128)
-        if SCALED:
-            a, b = plain_scaled(a, high, low), plain_scaled(b, high8, low8)
+        a, b = plain_scaled(a, high, low), plain_scaled(b, high8, low8)
         return a, b
-    if SCALED:
-        a, b = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 code, bias, rest, minus, zero;
-            mov.b32 minus, 0xbf80bf80;
-            mov.b32 zero, 0x80008000;
-            prmt.b32 code, $2, 0, 0x4140;
-            lop3.b32 bias, code, 0x00800080, 0x43804380, 0x6a;
-            lop3.b32 $0, code, 0x007f007f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $0, bias, minus, $0;
-            fma.rn.bf16x2 rest, $0, $4, zero;
-            fma.rn.bf16x2 $0, $0, $3, rest;
-            prmt.b32 code, $2, 0, 0x4342;
-            lop3.b32 bias, code, 0x00800080, 0x43804380, 0x6a;
-            lop3.b32 $1, code, 0x007f007f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $1, bias, minus, $1;
-            fma.rn.bf16x2 rest, $1, $6, zero;
-            fma.rn.bf16x2 $1, $1, $5, rest;
-            }""",
-            "=&r,=&r,r,r,r,r,r",
-            [word, high, low, high8, low8],
-            dtype=(tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        a, b = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 code, bias, minus;
-            mov.b32 minus, 0xbf80bf80;
-            prmt.b32 code, $2, 0, 0x4140;
-            lop3.b32 bias, code, 0x00800080, 0x43804380, 0x6a;
-            lop3.b32 $0, code, 0x007f007f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $0, bias, minus, $0;
-            prmt.b32 code, $2, 0, 0x4342;
-            lop3.b32 bias, code, 0x00800080, 0x43804380, 0x6a;
-            lop3.b32 $1, code, 0x007f007f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $1, bias, minus, $1;
-            }""",
-            "=&r,=&r,r",
-            [word],
-            dtype=(tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
+    a, b = tl.inline_asm_elementwise(
+        """{
+        .reg .b32 code, bias, rest, minus, zero;
+        mov.b32 minus, 0xbf80bf80;
+        mov.b32 zero, 0x80008000;
+        prmt.b32 code, $2, 0, 0x4140;
+        lop3.b32 bias, code, 0x00800080, 0x43804380, 0x6a;
+        lop3.b32 $0, code, 0x007f007f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $0, bias, minus, $0;
+        fma.rn.bf16x2 rest, $0, $4, zero;
+        fma.rn.bf16x2 $0, $0, $3, rest;
+        prmt.b32 code, $2, 0, 0x4342;
+        lop3.b32 bias, code, 0x00800080, 0x43804380, 0x6a;
+        lop3.b32 $1, code, 0x007f007f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $1, bias, minus, $1;
+        fma.rn.bf16x2 rest, $1, $6, zero;
+        fma.rn.bf16x2 $1, $1, $5, rest;
+        }""",
+        "=&r,=&r,r,r,r,r,r",
+        [word, high, low, high8, low8],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
     return pair(a), pair(b)

@@ -1,0 +1,107 @@
+// What the two kernels of the routed experts share: their arguments, and how warps see the routing.
+#pragma once
+
+#include "cuda/dense.h"
+#include "cuda/ops.h"
+#include "cuda/route.cuh"
+
+namespace qwen_moe::cuda {
+
+struct MoeArgs {
+  Matrix gate_up, down, shared_down;
+  int64_t gate_up_bytes, down_bytes;  // of one expert
+  const float* router;                // [rows, experts]
+  const int32_t* slot;                // [rows]
+  int rows, experts, top_k;
+  const bf16* normed;         // [rows, hidden]
+  bf16* routed;               // [place, moe_intermediate]
+  const bf16* shared;         // [rows, shared_intermediate]
+  const float* shared_scale;  // [rows]
+  float* hidden;              // [rows, hidden]
+  std::byte* plan;            // in device memory, for more than 8 rows
+};
+
+// How a kernel's warps see the routing: in their own registers for one row, else as a plan in
+// shared memory.
+struct Routing {
+  Pick pick{0, 0.0f};  // of one row, lane < top_k
+  RoutePlan plan;
+  int entries = 0;
+  bool one_row;
+
+  // All lanes of a warp.
+  __device__ __forceinline__ RouteEntry entry(int i) const {
+    if (one_row) return {__shfl_sync(0xffffffffu, pick.expert, i), i, 1};
+    return plan.entry[i];
+  }
+  __device__ __forceinline__ int pick_of(int place) const {
+    return one_row ? place : plan.pick_of[place];
+  }
+};
+
+__host__ __device__ constexpr size_t round_up_16(size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// One row's routing, by one warp for its block: all of them at it would take each other's issue
+// slots, and those of the kernel before. All threads of a block.
+template <int kPerLane>
+__device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args, int ranks,
+                                           bool weigh, int warp, int lane) {
+  __shared__ Pick picks[32];
+  int slot = load_cg(args.slot);
+  if (warp == 0) {
+    RouterKeys<kPerLane> keys;
+    keys.load(args.router, args.experts, lane);
+    picks[lane] = pick_experts(keys, ranks, weigh, lane);
+  }
+  __syncthreads();
+  routing.pick = picks[lane];
+  routing.entries = slot == 0 ? 0 : args.top_k;
+}
+
+// The routing of more rows: worked out, or copied whole, since a look at device memory for every
+// entry would be waited for; all threads of a block. `to`: where the plan is, then scratch.
+template <int kPerLane>
+__device__ __forceinline__ void find_plan(Routing& routing, const MoeArgs& args, std::byte* to) {
+  size_t bytes = round_up_16(RoutePlan::bytes(args.rows * args.top_k));
+  if (args.rows <= kEntryRows) {
+    build_plan<kPerLane>(routing.plan, RouteScratch(to + bytes, args.experts), args.router,
+                         args.slot, args.rows, args.experts, args.top_k);
+  } else {
+    for (size_t at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16)
+      copy_async_16(to + at, args.plan + at);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+  }
+  routing.entries = *routing.plan.entries;
+}
+
+// The plan in shared memory, and what making it takes.
+inline size_t plan_bytes(const MoeArgs& args) {
+  if (args.rows == 1) return 0;
+  int picks = args.rows * args.top_k;
+  return round_up_16(RoutePlan::bytes(picks)) +
+         (args.rows > kEntryRows ? 0 : RouteScratch::bytes(args.experts, picks));
+}
+
+inline MoeArgs moe_args(const ModelConfig& c, const LayerWeights& w, const float* router,
+                        int rows) {
+  MoeArgs args{};
+  args.gate_up = Matrix(w.experts_gate_up);
+  args.down = Matrix(w.experts_down);
+  args.shared_down = Matrix(w.shared_down);
+  args.gate_up_bytes = static_cast<int64_t>(w.experts_gate_up.spec.matrix_bytes());
+  args.down_bytes = static_cast<int64_t>(w.experts_down.spec.matrix_bytes());
+  args.router = router;
+  args.rows = rows;
+  args.experts = c.num_experts;
+  args.top_k = c.num_experts_per_tok;
+  return args;
+}
+
+// Bytes of dynamic shared memory that these kernels may ask for, beside their own.
+inline size_t moe_shared_limit(const DeviceProperties& device) {
+  return static_cast<size_t>(device.shared_bytes) - 1024;
+}
+
+}  // namespace qwen_moe::cuda
