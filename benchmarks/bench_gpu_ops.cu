@@ -91,6 +91,10 @@ class Bench {
     for (const Model::Entry& e : model_.entries())
       model_.fill_random(e.tensor->slot().fqn, std::hash<std::string>{}(e.tensor->slot().fqn));
     weights_ = model_.shard(0);
+    // One norm for all: an op by itself finds its rows weighed, as it does in a step.
+    alone_ = weights_;
+    for (LayerWeights& w : alone_.layers)
+      w.input_layernorm = w.post_attention_layernorm = weights_.norm;
     auto rows = static_cast<size_t>(max_rows);
     auto width = [&](int n) { return rows * static_cast<size_t>(n); };
     // Slots and pages of every row and layer, as in the engine: state is cold as well.
@@ -125,7 +129,6 @@ class Bench {
     b_.proj = scratch(width(proj), 1);
     b_.proj_stride = proj;
     b_.core = halves(width(std::max(c_.value_dim(), c_.attention_dim())));
-    b_.normed = halves(width(c_.hidden_size));
     b_.router = scratch(width(c_.num_experts), 1);
     b_.shared_scale = scratch(rows, 1);
     b_.shared = halves(width(c_.shared_expert_intermediate_size));
@@ -167,13 +170,13 @@ class Bench {
     const LayerWeights &delta = weights_.layers[0], &full = weights_.layers[3];
     auto over = [&](LayerType type, auto&& run) {
       return [this, type, run] {
-        for (size_t i = 0; i < weights_.layers.size(); ++i)
-          if (weights_.layers[i].type == type) run(weights_.layers[i], state_[i]);
+        for (size_t i = 0; i < alone_.layers.size(); ++i)
+          if (alone_.layers[i].type == type) run(alone_.layers[i], state_[i]);
       };
     };
     auto every = [&](auto&& run) {
       return [this, run] {
-        for (size_t i = 0; i < weights_.layers.size(); ++i) run(weights_.layers[i], state_[i]);
+        for (size_t i = 0; i < alone_.layers.size(); ++i) run(alone_.layers[i], state_[i]);
       };
     };
     constexpr LayerType kDelta = LayerType::linear_attention, kFull = LayerType::full_attention;
@@ -190,7 +193,35 @@ class Bench {
                               .core = b.core,
                               .core_stride = w.out_proj.spec.k,
                               .weight = w.out_proj,
-                              .rows = r.rows});
+                              .rows = r.rows,
+                              .next_norm = weights_.norm});
+    };
+    auto delta_step = [this, &b, r](const LayerWeights& w, const LayerState& s) {
+      ops_.gated_delta_step({.core = b.core,
+                             .core_stride = w.out_proj.spec.k,
+                             .proj = b.proj,
+                             .proj_stride = b.proj_stride,
+                             .conv_state = s.conv_state,
+                             .recurrent_state = s.recurrent_state,
+                             .layer = w,
+                             .rows = r});
+    };
+    auto attention = [this, &b, r](const LayerWeights& w, const LayerState& s) {
+      ops_.attention_step({.core = b.core,
+                           .core_stride = w.out_proj.spec.k,
+                           .proj = b.proj,
+                           .proj_stride = b.proj_stride,
+                           .kv = s.kv,
+                           .layer = w,
+                           .rows = r});
+    };
+    auto router_shared = [this, &b, r](const LayerWeights& w, const LayerState&) {
+      ops_.norm_router_shared({.router = b.router,
+                               .shared_scale = b.shared_scale,
+                               .shared = b.shared,
+                               .hidden = b.hidden,
+                               .layer = w,
+                               .rows = r.rows});
     };
     double n = rows;
     time("in_proj, delta", rows, 30, 30,
@@ -198,59 +229,35 @@ class Bench {
          over(kDelta, in_proj));
     time("in_proj, attention", rows, 10, 10, bytes_of({&full.q_proj, &full.k_proj, &full.v_proj}),
          over(kFull, in_proj));
-    time("delta step", rows, 30, 30, n * 32 * 128 * 128 * 8,
-         over(kDelta, [this, &b, r](const LayerWeights& w, const LayerState& s) {
-           ops_.gated_delta_step({.core = b.core,
-                                  .core_stride = w.out_proj.spec.k,
-                                  .proj = b.proj,
-                                  .proj_stride = b.proj_stride,
-                                  .conv_state = s.conv_state,
-                                  .recurrent_state = s.recurrent_state,
-                                  .layer = w,
-                                  .rows = r});
-         }));
+    time("delta step", rows, 30, 30, n * 32 * 128 * 128 * 8, over(kDelta, delta_step));
     time("attention", rows, 10, 10, n * context_ * c_.num_key_value_heads * 256 * 4,
-         over(kFull, [this, &b, r](const LayerWeights& w, const LayerState& s) {
-           ops_.attention_step({.core = b.core,
-                                .core_stride = w.out_proj.spec.k,
-                                .proj = b.proj,
-                                .proj_stride = b.proj_stride,
-                                .kv = s.kv,
-                                .layer = w,
-                                .rows = r});
-         }));
+         over(kFull, attention));
     time("out_proj", rows, 40, 40, bytes_of({&delta.out_proj}), every(out_proj));
     time("router and shared", rows, 40, 40,
          bytes_of({&delta.gate, &delta.shared_expert_gate, &delta.shared_gate, &delta.shared_up}),
-         every([this, &b, r](const LayerWeights& w, const LayerState&) {
-           ops_.norm_router_shared({.normed = b.normed,
-                                    .router = b.router,
-                                    .shared_scale = b.shared_scale,
-                                    .shared = b.shared,
-                                    .hidden = b.hidden,
-                                    .layer = w,
-                                    .rows = r.rows});
-         }));
+         every(router_shared));
     // From here on the router's logits are random numbers.
     DeviceBuffer<float> router = normal_floats(static_cast<size_t>(rows * c_.num_experts), 1, 11);
     const float* logits = router.data();
     double experts = experts_taken(router, rows);
-    time("gate/up", rows, 40, 40, experts * bytes_of({&delta.experts_gate_up}),
-         every([this, &b, r, logits](const LayerWeights& w, const LayerState&) {
-           ops_.routed_gate_up(
-               {.routed = b.routed, .router = logits, .normed = b.normed, .layer = w, .rows = r});
-         }));
+    auto gate_up = [this, &b, r, logits](const LayerWeights& w, const LayerState&) {
+      ops_.routed_gate_up({.routed = b.routed, .router = logits, .layer = w, .rows = r});
+    };
+    auto down = [this, &b, r, logits](const LayerWeights& w, const LayerState&) {
+      ops_.down_combine_residual({.hidden = b.hidden,
+                                  .routed = b.routed,
+                                  .router = logits,
+                                  .shared_scale = b.shared_scale,
+                                  .shared = b.shared,
+                                  .layer = w,
+                                  .rows = r,
+                                  .next_norm = weights_.norm});
+    };
+    ops_.begin(launcher());
+    gate_up(delta, state_[0]);  // makes the plan that `down` reads
+    time("gate/up", rows, 40, 40, experts * bytes_of({&delta.experts_gate_up}), every(gate_up));
     time("down", rows, 40, 40,
-         experts * bytes_of({&delta.experts_down}) + bytes_of({&delta.shared_down}),
-         every([this, &b, r, logits](const LayerWeights& w, const LayerState&) {
-           ops_.down_combine_residual({.hidden = b.hidden,
-                                       .routed = b.routed,
-                                       .router = logits,
-                                       .shared_scale = b.shared_scale,
-                                       .shared = b.shared,
-                                       .layer = w,
-                                       .rows = r});
-         }));
+         experts * bytes_of({&delta.experts_down}) + bytes_of({&delta.shared_down}), every(down));
     auto head = [this, &b, r] {
       ops_.lm_head({.logits = {logits_.data(), c_.vocab_size},
                     .hidden = b.hidden,
@@ -259,7 +266,10 @@ class Bench {
                     .slot = r.slot,
                     .rows = r.rows});
     };
-    time("lm_head", rows, 1, 1, bytes_of({&weights_.lm_head}), head);
+    constexpr int kHeads = 4;  // the first has the norm to itself
+    time("lm_head", rows, 1, kHeads, bytes_of({&weights_.lm_head}), [head] {
+      for (int i = 0; i < kHeads; ++i) head();
+    });
     for (bool greedy : {true, false})
       time(greedy ? "draw, greedy" : "draw, top-k and top-p", rows, 1, 1, n * c_.vocab_size * 4,
            [this, rows, greedy] {
@@ -269,6 +279,26 @@ class Bench {
     double all = 0;
     for (const Figure& f : figures_)
       if (f.rows == rows && f.op.find("draw") == std::string::npos) all += f.bytes * f.count;
+    // What follows each other in a step; the sum of single ops leaves out how well they overlap.
+    auto chain = [](auto first, auto second, auto third) {
+      return [=](const LayerWeights& w, const LayerState& s) {
+        first(w, s);
+        second(w, s);
+        third(w, s);
+      };
+    };
+    auto bytes_in = [this, rows](std::initializer_list<const char*> ops) {
+      double sum = 0;
+      for (const Figure& f : figures_)
+        if (f.rows == rows && std::find(ops.begin(), ops.end(), f.op) != ops.end()) sum += f.bytes;
+      return sum;
+    };
+    time("delta mixer", rows, 0, 30, bytes_in({"in_proj, delta", "delta step", "out_proj"}),
+         over(kDelta, chain(in_proj, delta_step, out_proj)));
+    time("attention mixer", rows, 0, 10, bytes_in({"in_proj, attention", "attention", "out_proj"}),
+         over(kFull, chain(in_proj, attention, out_proj)));
+    time("experts", rows, 0, 40, bytes_in({"router and shared", "gate/up", "down"}),
+         every(chain(router_shared, gate_up, down)));
     time("layers and lm_head", rows, 1, 1, all, [this, &b, r, head] {
       forward_layers(ops_, weights_, state_, b, r, Phase::decode);
       head();
@@ -347,7 +377,7 @@ class Bench {
   Model model_;
   CudaOps ops_;
   Sampler sampler_;
-  ShardWeights weights_;
+  ShardWeights weights_, alone_;
   std::vector<LayerState> state_;
   std::vector<DeviceBuffer<float>> floats_;
   std::vector<DeviceBuffer<bf16>> halves_;

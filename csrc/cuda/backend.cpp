@@ -209,7 +209,6 @@ class CudaBackend : public Backend {
     buffers_.router = floats(config_.num_experts);
     buffers_.shared_scale = floats(1);
     buffers_.core = halves(std::max(config_.value_dim(), config_.attention_dim()));
-    buffers_.normed = halves(config_.hidden_size);
     buffers_.shared = halves(config_.shared_expert_intermediate_size);
     buffers_.routed = halves(config_.num_experts_per_tok * config_.moe_intermediate_size);
     if (!weights_.last)

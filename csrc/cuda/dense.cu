@@ -1,11 +1,10 @@
-// Projections: RMSNorm or bf16 rows in, weight tiles streamed through the tensor cores, and what
+// Projections: bf16 rows in, weight tiles streamed through the tensor cores, and what
 // each phase does with a finished output.
 #include "cuda/dense.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/norm.cuh"
 #include "cuda/ops.h"
 #include "cuda/project_wide.cuh"
 
@@ -14,7 +13,9 @@ namespace {
 
 constexpr int kMaxInputs = 8192;     // 8 rows of them fit shared memory
 constexpr size_t kOwnShared = 1536;  // bytes of shared memory beside what a launch asks for
-constexpr int kRowsFused = 8;        // more rows than that are normed by a kernel of their own
+constexpr int kRowsFused = 8;        // more rows than that take project_wide
+
+constexpr int kRowThreads = 1024;  // of a row that is looked at value by value
 
 constexpr int kRounds = 2;  // outputs of a flush that a thread finishes, at most
 
@@ -24,6 +25,7 @@ template <bool kOneRow, int kStages>
 __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ ProjectArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ Tile items[kMaxItems];
+  __shared__ float scales[kRowsFused];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   int first_row = kOneRow ? 0 : static_cast<int>(blockIdx.y) * args.rows_per_block;
   int rows = kOneRow ? 1 : min(args.rows_per_block, args.rows - first_row);
@@ -50,10 +52,6 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
     }
     copy_async_commit();
   };
-#pragma unroll 1
-  for (int i = 0; i < kStages; ++i) feed(i);
-  zero_ends(activations, args.k, rows);
-
   // What the outputs of a flush need is asked for ahead of its tiles, and that of the first flush
   // ahead of the predecessor's end. A thread's outputs of a flush have the same place in a tile.
   Extra extra[kRounds];
@@ -70,7 +68,10 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
       if (!kOneRow && args.epilogue == Epilogue::conv) extra[r].settle();  // registers are short
     }
   };
-  load_extra(0);
+  load_extra(0);  // before the weights, which it would queue behind
+#pragma unroll 1
+  for (int i = 0; i < kStages; ++i) feed(i);
+  zero_ends(activations, args.k, rows);
 
   // Columns of the products beyond the last row take the last row again; nobody reads them.
   uint32_t mine = held_address(activations + min(lane / 4, rows - 1) * pitch + lane % 4 * 16);
@@ -78,42 +79,18 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
     return load_shared_16(mine + unit * 128 + half * 64);
   };
 
-  if (args.input != nullptr) {
-    wait_for_predecessor();
-    launch_dependents();
-    load_rows<kThreads>(activations, pitch, args.input + first_row * args.input_stride,
-                        args.input_stride, rows, args.k);
-  } else {
-    int block = block_index();
-    float4 weight[kNormVectors] = {};
-#pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
-      if (int at = v * 4 * kThreads + thread * 4; at < args.k)
-        weight[v] = *reinterpret_cast<const float4*>(args.norm + at);
-    wait_for_predecessor();
-    launch_dependents();
-    if constexpr (kOneRow) {
-      if (args.k <= kNormVectors / 2 * 4 * kThreads)
-        norm_block<1, kNormVectors / 2>(activations, pitch, args, block, first_row, 1, weight);
-      else
-        norm_block<1, kNormVectors>(activations, pitch, args, block, first_row, 1, weight);
-    } else {
-      // As many rows at once as registers hold; more than 8 come normed.
-      constexpr int kFew = 4, kMany = 8;
-      if (rows > kFew && args.k <= kNormVectors / 2 * 4 * kThreads) {
-        norm_block<kMany, kNormVectors / 2>(activations, pitch, args, block, first_row, rows,
-                                            weight);
-      } else {
-#pragma unroll 1
-        for (int row = 0; row < rows; row += kFew) {
-          if (row > 0) __syncthreads();  // the sums have been read
-          norm_block<kFew, kNormVectors>(activations + row * pitch, pitch, args, block,
-                                         first_row + row, rows - row, weight);
-        }
-      }
-    }
-  }
-  __syncthreads();
+  wait_for_predecessor();
+  load_slice<kOneRow>(activations, pitch, args.input + first_row * args.input_stride,
+                      args.input_stride, rows, slice, lane);
+  RowSquares squares;
+  if (args.squares && warp < rows)
+    squares.load(args.squares + (first_row + warp) * (args.k / 16), args.k, lane);
+  // A unit beyond a slice meets scales of 0, but it must be finite.
+  if (args.k % (2 * kUnit) != 0)
+    __syncthreads();
+  else
+    __syncwarp();
+  launch_dependents();  // not while this block's warps wait for their rows: it takes issue slots
 
   int stage = 0;
   for (int begin = 0; begin < count; begin += args.flush_tiles) {
@@ -131,6 +108,11 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
                            rows_of);
       sum.store(partial + i * partial_floats + warp * rows * kPartialPitch, rows, lane);
     }
+    if (begin == 0 && warp < rows) {
+      float scale = args.squares ? squares.scale(args.inverse_k, args.eps) : 1.0f;
+      if (lane == 0) scales[warp] = scale;
+      if (lane == 0 && args.row_scale && blockIdx.x == 0) args.row_scale[first_row + warp] = scale;
+    }
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
@@ -140,23 +122,32 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
       const float* from = partial + i * partial_floats;
       if (kOneRow && args.epilogue == Epilogue::conv) extra[r].settle();
       finish_sums(args, list.place(begin + i), first_row, rows, row, own_output, from,
-                  from - partial_floats, extra[r]);
+                  from - partial_floats, scales[row], extra[r]);
     }
   }
 }
 
-// hidden[row] = the embedding of the row's token. Grid (rows).
-__global__ void embed_rows(float* hidden, Matrix embed_tokens, const int32_t* token) {
+// What the phase before leaves, for rows that come from elsewhere: another shard, or a prompt. Grid
+// (rows).
+__global__ void weigh_rows(Weighed to, const float* hidden, int k) {
   wait_for_predecessor();
   launch_dependents();
-  int row = static_cast<int>(blockIdx.x), id = load_cg(token + row);
+  int row = static_cast<int>(blockIdx.x);
+  for (int n = static_cast<int>(threadIdx.x); n < k; n += static_cast<int>(blockDim.x))
+    weigh_value(to, row, k, n, load_cg(hidden + static_cast<int64_t>(row) * k + n), to.norm[n]);
+}
+
+// hidden[row] = the embedding of the row's token. Grid (rows).
+__global__ void embed_rows(float* hidden, Matrix embed_tokens, const int32_t* token, Weighed next) {
+  wait_for_predecessor();
+  launch_dependents();
+  int row = static_cast<int>(blockIdx.x), id = load_cg(token + row), k = embed_tokens.k;
   const std::byte* tile = embed_tokens.data + id / 16 * embed_tokens.tile_bytes;
-  for (int at = static_cast<int>(threadIdx.x) * 2; at < embed_tokens.k;
-       at += static_cast<int>(blockDim.x) * 2) {
-    auto pair = *reinterpret_cast<const __nv_bfloat162*>(
-        tile + code_place(WeightFormat::bf16, id % 16, at).byte);
-    *reinterpret_cast<float2*>(hidden + static_cast<int64_t>(row) * embed_tokens.k + at) =
-        __bfloat1622float2(pair);
+  for (int n = static_cast<int>(threadIdx.x); n < k; n += static_cast<int>(blockDim.x)) {
+    float x = __bfloat162float(
+        *reinterpret_cast<const bf16*>(tile + code_place(WeightFormat::bf16, id % 16, n).byte));
+    hidden[static_cast<int64_t>(row) * k + n] = x;
+    if (next.norm) weigh_value(next, row, k, n, x, next.norm[n]);
   }
 }
 
@@ -181,17 +172,35 @@ void CudaOps::reserve_dense() {
     require(k % kUnit == 0 && k <= kMaxInputs,
             "the CUDA kernels take input sizes that are multiples of ", kUnit, " up to ",
             kMaxInputs, "; this model has a matrix with ", k);
-  require(c_.hidden_size <= 4 * kNormVectors * kThreads, "hidden_size must be at most ",
-          4 * kNormVectors * kThreads, " on CUDA, got ", c_.hidden_size);
+  require(c_.hidden_size <= 16 * kMostSquares, "hidden_size must be at most ", 16 * kMostSquares,
+          " on CUDA, got ", c_.hidden_size);
   auto limit = static_cast<size_t>(device_.shared_bytes);
   allow_shared(project<true, 4>, limit - kOwnShared);
   allow_shared(project<false, 3>, limit - kOwnShared);
   allow_shared(project<false, 2>, limit - kOwnShared);
   allow_shared(project_wide<2>, limit - kOwnShared);
   allow_shared(project_wide<4>, limit - kOwnShared);
-  if (max_rows_ > kRowsFused)
-    normed_ =
-        DeviceBuffer<bf16>(static_cast<size_t>(max_rows_) * static_cast<size_t>(c_.hidden_size));
+  auto rows = static_cast<size_t>(max_rows_), hidden = static_cast<size_t>(c_.hidden_size);
+  weighed_ = DeviceBuffer<bf16>(rows * hidden);
+  squares_ = DeviceBuffer<float>(rows * hidden / 16);
+  row_scale_ = DeviceBuffer<float>(rows);
+}
+
+Weighed CudaOps::weigh(const float* hidden, const float* norm) {
+  weighed_for_ = {norm ? hidden : nullptr, norm};
+  return {weighed_.data(), squares_.data(), norm};
+}
+
+void CudaOps::take_normed(ProjectArgs& args, const float* hidden, const float* norm) {
+  if (weighed_for_ != std::pair{hidden, norm})
+    launch_(weigh_rows, dim3(static_cast<unsigned>(args.rows)), kRowThreads, 0, weigh(hidden, norm),
+            hidden, c_.hidden_size);
+  args.k = c_.hidden_size;
+  args.input = weighed_.data();
+  args.input_stride = args.k;
+  args.squares = squares_.data();
+  args.inverse_k = 1.0f / static_cast<float>(args.k);  // a division is slow, and waited for
+  args.eps = static_cast<float>(c_.rms_norm_eps);
 }
 
 int CudaOps::share_tiles(ProjectArgs& args, std::span<const WeightView* const> views, bool pairs,
@@ -225,16 +234,6 @@ bool CudaOps::project_wide_rows(ProjectArgs& args, std::span<const WeightView* c
 
 void CudaOps::project_rows(ProjectArgs& args, std::span<const WeightView* const> views,
                            bool pairs) {
-  args.inverse_k = 1.0f / static_cast<float>(args.k);  // a division is slow, and waited for
-  if (args.rows > kRowsFused && args.hidden != nullptr) {
-    bf16* to = args.normed ? args.normed : normed_.data();
-    launch_(norm_rows, dim3(static_cast<unsigned>(args.rows)), kThreads, 0, to, args.hidden,
-            args.norm, args.k, args.inverse_k, args.eps);
-    args.hidden = nullptr;
-    args.normed = nullptr;
-    args.input = to;
-    args.input_stride = args.k;
-  }
   if ((args.rows > 16 && project_wide_rows<4>(args, views, pairs)) ||
       (args.rows > kRowsFused && project_wide_rows<2>(args, views, pairs)))
     return;
@@ -248,6 +247,9 @@ void CudaOps::project_rows(ProjectArgs& args, std::span<const WeightView* const>
     int rows = std::min(args.rows, kRowsFused), flush = flush_tiles_of(rows, most);
     size_t bytes = shared_bytes(rows, args.k, flush, kStages);
     if (bytes > limit) return false;
+    // Those that have a block for every multiprocessor.
+    if (args.epilogue != Epilogue::router && args.epilogue != Epilogue::logits)
+      bytes = std::max(bytes, alone_shared(device_));
     args.rows_per_block = rows;
     args.flush_tiles = flush;
     dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>((args.rows + rows - 1) / rows));
@@ -261,18 +263,15 @@ void CudaOps::project_rows(ProjectArgs& args, std::span<const WeightView* const>
 }
 
 void CudaOps::embed(const EmbedArgs<float>& args) {
-  launch_(embed_rows, dim3(static_cast<unsigned>(args.rows.rows)), 256, 0, args.hidden,
-          Matrix(args.embed_tokens), args.rows.token);
+  launch_(embed_rows, dim3(static_cast<unsigned>(args.rows.rows)), kRowThreads, 0, args.hidden,
+          Matrix(args.embed_tokens), args.rows.token, weigh(args.hidden, args.next_norm));
 }
 
 void CudaOps::norm_in_proj(const NormInProjArgs<float>& args) {
   const LayerWeights& w = args.layer;
   ProjectArgs p;
-  p.k = c_.hidden_size;
   p.rows = args.rows.rows;
-  p.hidden = args.hidden;
-  p.norm = w.input_layernorm;
-  p.eps = static_cast<float>(c_.rms_norm_eps);
+  take_normed(p, args.hidden, w.input_layernorm);
   p.out = args.proj;
   p.out_stride = args.proj_stride;
   if (w.type == LayerType::linear_attention) {
@@ -307,6 +306,7 @@ void CudaOps::out_proj_residual(const OutProjArgs<float, bf16>& args) {
   p.input_stride = args.core_stride;
   p.out = args.hidden;
   p.out_stride = args.weight.spec.n;
+  p.next = weigh(args.hidden, args.next_norm);
   project_rows(p, {}, false);
 }
 
@@ -315,13 +315,10 @@ void CudaOps::norm_router_shared(const NormRouterSharedArgs<float, bf16>& args) 
   ProjectArgs p;
   const WeightView* views[] = {&w.gate, &w.shared_expert_gate, &w.shared_gate, &w.shared_up};
   for (int s = 0; s < 4; ++s) p.segment[s] = Matrix(*views[s]);
-  p.k = c_.hidden_size;
   p.rows = args.rows;
+  take_normed(p, args.hidden, w.post_attention_layernorm);
+  p.row_scale = row_scale_.data();
   p.epilogue = Epilogue::router;
-  p.hidden = args.hidden;
-  p.norm = w.post_attention_layernorm;
-  p.eps = static_cast<float>(c_.rms_norm_eps);
-  p.normed = args.normed;
   p.out = args.router;
   p.out_stride = c_.num_experts;
   p.shared_scale = args.shared_scale;
@@ -333,12 +330,9 @@ void CudaOps::norm_router_shared(const NormRouterSharedArgs<float, bf16>& args) 
 void CudaOps::lm_head(const LmHeadArgs<float>& args) {
   ProjectArgs p;
   p.segment[0] = Matrix(args.lm_head);
-  p.k = c_.hidden_size;
   p.rows = args.rows;
+  take_normed(p, args.hidden, args.norm);
   p.epilogue = Epilogue::logits;
-  p.hidden = args.hidden;
-  p.norm = args.norm;
-  p.eps = static_cast<float>(c_.rms_norm_eps);
   p.slot = args.slot;
   p.state = args.logits;
   p.n = c_.vocab_size;

@@ -1,12 +1,28 @@
 // Arguments of the projection kernel: up to four matrices that read the same rows.
 #pragma once
 
+#include "cuda/runtime.h"
 #include "cuda/stream.cuh"
 #include "model/ops.h"
 
 namespace qwen_moe::cuda {
 
 inline constexpr int kMaxItems = 64;  // tiles of a block that a schedule may list
+
+inline constexpr int kMostSquares = 256;  // partial sums of squares of a row: hidden_size / 16
+
+// What a phase that makes the residual stream leaves for the RMSNorm behind it (norm.cuh).
+struct Weighed {
+  bf16* rows = nullptr;         // [rows, hidden] norm * hidden
+  float* squares = nullptr;     // [rows, hidden / 16]
+  const float* norm = nullptr;  // [hidden] 1 + w; null: nothing is left
+};
+
+// So much shared memory that a multiprocessor has one block of a kernel, but another kernel's
+// beside it: the few blocks of a step's phase would else come to be two here and none there.
+inline size_t alone_shared(const DeviceProperties& device) {
+  return static_cast<size_t>(device.shared_bytes) / 2 + 1;
+}
 
 enum class Epilogue { conv, plain, residual, router, logits };
 
@@ -21,13 +37,12 @@ struct ProjectArgs {
   int items_stride = 0;
   int flush_tiles = 0;  // tiles whose partial sums shared memory holds
 
-  // Input: RMSNorm of hidden, or rows of bf16.
-  const float* hidden = nullptr;  // [rows, k]
-  const float* norm = nullptr;    // [k] 1 + w
-  float inverse_k = 0, eps = 0;
   const bf16* input = nullptr;  // [rows, input_stride]
   int64_t input_stride = 0;
-  bf16* normed = nullptr;  // [rows, k], written when given with `hidden`
+  // Of rows that await their norm: sums are multiplied by 1 / rms, which is written when asked for.
+  const float* squares = nullptr;  // [rows, k / 16]
+  float inverse_k = 0, eps = 0;
+  float* row_scale = nullptr;  // [rows]
 
   // Output.
   float* out = nullptr;  // [rows, out_stride]; segment s begins at column offset[s]
@@ -39,6 +54,7 @@ struct ProjectArgs {
   int n = 0;                      // conv_dim, or shared_intermediate
   float* shared_scale = nullptr;  // [rows]
   bf16* shared = nullptr;         // [rows, n]
+  Weighed next{};                 // of the residual stream
 };
 
 }  // namespace qwen_moe::cuda

@@ -10,16 +10,21 @@ namespace qwen_moe::cuda {
 namespace {
 
 constexpr int kDownWarps = 12;  // top_k + 1 in one go, for every known model
+constexpr int kFewStages = 5;
+
+// How many rows, and so how the activations come: one row's an entry at a time, those of up to 8
+// rows all at once, those of more a chunk ahead.
+enum class DownRows { one, few, many };
 
 // Grid (hidden / 16). A block owns 16 outputs of all rows, a warp whole entries, so that the
 // weighted sum in rank order, the shared expert and the residual end in the same block. Shared
-// memory: [weighted sums (picks + rows) x 16][rings][one row's activations of every warp, or plan
-// and scratch]. For one row it keeps to half of the registers, so that it starts beside the kernel
-// before.
-template <int kPerLane, int kStages, int kMostRows>
-__global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_combine(
+// memory: [weighted sums (picks + rows) x 16][rings][one row's activations of every warp, or plan]
+// [activations of few rows: picks, then rows of the shared expert]. For one row it keeps to half of
+// the registers, so that it starts beside the kernel before.
+template <int kPerLane, int kStages, DownRows kRows>
+__global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) void down_combine(
     const __grid_constant__ MoeArgs args) {
-  constexpr bool kOneRow = kMostRows == 1;
+  constexpr bool kOneRow = kRows == DownRows::one;
   extern __shared__ __align__(128) std::byte shared[];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   int tile = static_cast<int>(blockIdx.x), picks = args.rows * args.top_k;
@@ -29,11 +34,13 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_
   std::byte* tail = rings + kDownWarps * kStages * kStageBytes;
   Routing routing{.plan = RoutePlan(tail, picks), .one_row = kOneRow};
 
-  // The router's logits come from the phase before the last, so the plan is made, and the weights
-  // are on their way, before the experts' activations are there. So is what the end needs.
+  // What the end needs is older than the last phase, and so are the router's logits and the plan of
+  // more than 8 rows: there the weights are on their way before the experts' activations are made.
+  constexpr int kMostRows = kOneRow ? 1 : kRows == DownRows::few ? kEntryRows : qwen_moe::kMaxRows;
   constexpr int kRounds = (kMostRows + 2 * kDownWarps - 1) / (2 * kDownWarps);
   int first_row = thread / 16, output = tile * 16 + thread % 16;
   float residual[kRounds], scale[kRounds];
+  float norm = args.next.norm ? __ldg(args.next.norm + output) : 0.0f;
   int slot[kRounds] = {};
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
@@ -43,10 +50,38 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_
     scale[r] = load_cg(args.shared_scale + row);
     slot[r] = load_cg(args.slot + row);
   }
-  if constexpr (kOneRow)
+  bool waited = false;
+  auto wait = [&] {
+    if (waited) return;
+    wait_for_predecessor();
+    launch_dependents();
+    waited = true;
+  };
+  // Few rows' activations are asked for before weights, which they would queue behind.
+  std::byte* few = tail + plan_bytes(picks);
+  int pitch = activation_pitch(args.down.k), shared_pitch = activation_pitch(args.shared_down.k);
+  if constexpr (kOneRow) {
     find_picks<kPerLane>(routing, args, args.top_k, true, warp, lane);
-  else
-    find_plan<kPerLane>(routing, args, tail);
+  } else {
+    if (args.rows <= kEntryRows) wait();  // the plan is gate/up's
+    copy_plan(args, tail);
+    if constexpr (kRows == DownRows::few) {
+      auto copy_rows = [&](std::byte* to, int to_pitch, const bf16* from, int rows, int k) {
+        zero_ends(to, k, rows);
+        for (int row = warp; row < rows; row += kDownWarps)
+          for (int v = lane; v < k / 8; v += 32)
+            copy_async_16(to + row * to_pitch + v * 16, from + row * k + v * 8);
+      };
+      copy_rows(few, pitch, args.routed, picks, args.down.k);
+      copy_rows(few + picks * pitch, shared_pitch, args.shared, args.rows, args.shared_down.k);
+      copy_async_commit();
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
+    }
+    __syncthreads();
+    routing.entries = *routing.plan.entries;
+  }
 
   // This warp's share: shared-expert rows from the last warp backwards, then routed entries.
   int shared_entries = (args.rows + kEntryRows - 1) / kEntryRows;
@@ -80,17 +115,17 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_
   };
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) feed(i);
+  if (kRows == DownRows::few) {
+    copy_async_wait<kStages>();
+    __syncthreads();
+  }
 
   int stage = 0, q = lane / 4, t = lane % 4;
-  bool waited = false;
   // The shared expert's activations are as old as the router's logits, the others' are new.
   auto wait_for_routed = [&](int index) {
-    if (waited || index < own_shared) return;
-    wait_for_predecessor();
-    launch_dependents();
-    waited = true;
+    if (index >= own_shared) wait();
   };
-  // For more rows than one: the lane's activations of the next chunk, of this entry or the next,
+  // Of many rows the lane's activations of the next chunk, of this entry or the next,
   // are on their way while a chunk is summed.
   uint4 ahead[8];
   const uint4* ahead_from = nullptr;
@@ -119,7 +154,7 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_
     ahead_unit = 0;
     ++ahead_index;
   };
-  if constexpr (!kOneRow) load_ahead();
+  if constexpr (kRows == DownRows::many) load_ahead();
 #pragma unroll 1
   for (int index = 0; index < count; ++index) {
     if (kOneRow) wait_for_routed(index);
@@ -127,7 +162,7 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_
     bool is_shared = entry.expert < 0;
     const Matrix& m = is_shared ? args.shared_down : args.down;
     UnitRange all{0, m.k / kUnit};
-    TileSum<1> sum;
+    TileSum<1, kOneRow ? 2 : 4> sum;  // one row: registers are short
     sum.clear();
     if constexpr (kOneRow) {
       const auto* from = reinterpret_cast<const uint4*>((is_shared ? args.shared : args.routed) +
@@ -142,6 +177,14 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_
                              if (unit < all.end) b = x[unit * 8 + j * 4 + t];
                              return b;
                            });
+    } else if constexpr (kRows == DownRows::few) {
+      const std::byte* rows = is_shared ? few + picks * pitch : few;
+      uint32_t mine = held_address(
+          rows + (entry.first + min(q, entry.count - 1)) * (is_shared ? shared_pitch : pitch) +
+          t * 16);
+      add_tile<1, kStages>(
+          sum, unit_shift_of(m.format), m.group_shift, all, ring, stage, lane, feed,
+          [&](int, int unit, int j) { return load_shared_16(mine + unit * 128 + j * 64); });
     } else {
       int step = chunk_units(m.format);
 #pragma unroll 1
@@ -174,10 +217,7 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_
       sums[pick * 16 + q + j / 2 * 8] = __fmul_rn(weight, sum.total[0][j]);
     }
   }
-  if (!waited) {
-    wait_for_predecessor();
-    launch_dependents();
-  }
+  wait();
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
@@ -187,31 +227,39 @@ __global__ __launch_bounds__(32 * kDownWarps, kMostRows == 1 ? 2 : 1) void down_
     for (int rank = 0; rank < args.top_k; ++rank)
       sum = __fadd_rn(sum, sums[(row * args.top_k + rank) * 16 + thread % 16]);
     float gated = __fmul_rn(sigmoid(scale[r]), sums[(picks + row) * 16 + thread % 16]);
-    args.hidden[static_cast<int64_t>(row) * args.down.n + output] =
-        __fadd_rn(residual[r], __fadd_rn(sum, gated));
+    float x = __fadd_rn(residual[r], __fadd_rn(sum, gated));
+    args.hidden[static_cast<int64_t>(row) * args.down.n + output] = x;
+    if (args.next.norm) weigh_value(args.next, row, args.down.n, output, x, norm);
   }
 }
 
 template <int kPerLane>
-void launch_down(const Launcher& launch, const MoeArgs& args) {
+void launch_down(const Launcher& launch, const MoeArgs& args, size_t limit) {
   int picks = args.rows * args.top_k;
-  dim3 grid(static_cast<unsigned>(args.down.tiles));
-  auto bytes = [&](int stages, size_t tail) {
-    return static_cast<size_t>(picks + args.rows) * 64 +
-           static_cast<size_t>(kDownWarps * stages * kStageBytes) + tail;
+  auto row = [](int k) { return static_cast<size_t>(activation_pitch(k)); };
+  size_t one = kDownWarps * static_cast<size_t>(2 * std::max(args.down.k, args.shared_down.k));
+  size_t few = static_cast<size_t>(picks) * row(args.down.k) +
+               static_cast<size_t>(args.rows) * row(args.shared_down.k);
+  auto launched = [&](auto kernel, int stages, size_t tail) {
+    size_t bytes = static_cast<size_t>(picks + args.rows) * 64 +
+                   static_cast<size_t>(kDownWarps * stages * kStageBytes) + tail;
+    if (bytes > limit) return false;
+    launch(kernel, dim3(static_cast<unsigned>(args.down.tiles)), 32 * kDownWarps, bytes, args);
+    return true;
   };
-  auto row = static_cast<size_t>(2 * std::max(args.down.k, args.shared_down.k));
-  constexpr int threads = 32 * kDownWarps;
-  if (args.rows == 1)
-    launch(down_combine<kPerLane, 3, 1>, grid, threads, bytes(3, kDownWarps * row), args);
-  else
-    launch(down_combine<kPerLane, 6, kMaxRows>, grid, threads, bytes(6, plan_bytes(args)), args);
+  bool done =
+      (args.rows == 1 && launched(down_combine<kPerLane, 3, DownRows::one>, 3, one)) ||
+      (args.rows <= kEntryRows && launched(down_combine<kPerLane, kFewStages, DownRows::few>,
+                                           kFewStages, plan_bytes(picks) + few)) ||
+      launched(down_combine<kPerLane, 6, DownRows::many>, 6, plan_bytes(picks));
+  require<Error>(done, "no kernel holds the down projections of ", args.rows, " rows");
 }
 
 template <int kPerLane>
 void allow(size_t limit) {
-  allow_shared(down_combine<kPerLane, 3, 1>, limit);
-  allow_shared(down_combine<kPerLane, 6, kMaxRows>, limit);
+  allow_shared(down_combine<kPerLane, 3, DownRows::one>, limit);
+  allow_shared(down_combine<kPerLane, kFewStages, DownRows::few>, limit);
+  allow_shared(down_combine<kPerLane, 6, DownRows::many>, limit);
 }
 
 }  // namespace
@@ -228,8 +276,10 @@ void CudaOps::down_combine_residual(const DownCombineArgs<float, bf16>& args) {
   moe.shared = args.shared;
   moe.shared_scale = args.shared_scale;
   moe.hidden = args.hidden;
+  moe.next = weigh(args.hidden, args.next_norm);
   moe.plan = route_.data();
-  c_.num_experts <= 256 ? launch_down<8>(launch_, moe) : launch_down<16>(launch_, moe);
+  c_.num_experts <= 256 ? launch_down<8>(launch_, moe, moe_shared_limit(device_))
+                        : launch_down<16>(launch_, moe, moe_shared_limit(device_));
 }
 
 }  // namespace qwen_moe::cuda

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/moe.cuh"
+#include "engine/backend.h"
 
 namespace qwen_moe::cuda {
 namespace {
@@ -17,7 +18,7 @@ __global__ __launch_bounds__(kRouteThreads) void route(const __grid_constant__ M
   launch_dependents();
   RoutePlan plan(args.plan, args.rows * args.top_k);
   build_plan<kPerLane>(plan, RouteScratch(shared, args.experts), args.router, args.slot, args.rows,
-                       args.experts, args.top_k);
+                       args.experts, args.top_k, [] {});
 }
 
 // Grid (blocks): every block takes an even share of (entry, pair of a gate and an up tile); half of
@@ -28,6 +29,7 @@ template <int kPerLane, int kStages>
 __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ MoeArgs args,
                                                        int act_rows) {
   extern __shared__ __align__(128) std::byte shared[];
+  __shared__ float scales[kMaxRows];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const Matrix& m = args.gate_up;
   int pitch = activation_pitch(m.k), picks = args.rows * args.top_k, pairs = m.tiles / 2;
@@ -62,14 +64,26 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   int last_rank = (share.end - 1) / pairs;
   zero_ends(activations, m.k, act_rows);
   wait_for_predecessor();
-  launch_dependents();
-  if (all_rows)
+  if (one_row) launch_dependents();
+  float scale_of_row = thread < args.rows ? load_cg(args.row_scale + thread) : 0.0f;
+  auto load_all_rows = [&] {
     for (int row = 0; row < args.rows; ++row) load_row(row, row, thread, kThreads);
-  copy_async_commit();
-  if (one_row)
+    copy_async_commit();
+  };
+  if (one_row) {
+    load_all_rows();
     find_picks<kPerLane>(routing, args, last_rank + 1, false, warp, lane);
-  else
-    find_plan<kPerLane>(routing, args, tail);
+  } else {
+    if (all_rows) {
+      make_plan<kPerLane>(routing, args, tail, load_all_rows);
+    } else {
+      copy_plan(args, tail);
+      copy_async_wait<0>();
+      __syncthreads();
+    }
+    routing.entries = *routing.plan.entries;
+  }
+  if (thread < args.rows) scales[thread] = scale_of_row;
 
   if (!one_row) share = share_of(routing.entries);
   int begin = share.begin, end = routing.entries == 0 ? begin : share.end;
@@ -96,6 +110,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   for (int i = 0; i < kStages; ++i) feed(i);
   copy_async_wait<kStages>();  // the rows
   __syncthreads();
+  if (!one_row) launch_dependents();  // it would take issue slots from the making of the plan
 
   int current = -1, stage = 0;
   RouteEntry entry{0, 0, 0};
@@ -130,9 +145,11 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
     __syncthreads();
     if (int row = thread / 16; row < entry.count) {
       int output = thread % 16;
-      float gate = sum_slices<kGateUpSlices>(sums, entry.count, row, output);
-      float up = sum_slices<kGateUpSlices>(sums + kGateUpSlices * entry.count * kPartialPitch,
-                                           entry.count, row, output);
+      float scale = scales[one_row ? 0 : routing.pick_of(entry.first + row) / args.top_k];
+      float gate = scale * sum_slices<kGateUpSlices>(sums, entry.count, row, output);
+      float up =
+          scale * sum_slices<kGateUpSlices>(sums + kGateUpSlices * entry.count * kPartialPitch,
+                                            entry.count, row, output);
       args.routed[static_cast<int64_t>(entry.first + row) * (pairs * 16) + pair * 16 + output] =
           __float2bfloat16(silu(gate) * up);
     }
@@ -144,7 +161,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
 }
 
 template <int kPerLane>
-void launch_gate_up(const Launcher& launch, const MoeArgs& args, int sms) {
+void launch_gate_up(const Launcher& launch, const MoeArgs& args, int sms, size_t alone) {
   int picks = args.rows * args.top_k, act_rows = std::min(args.rows, kEntryRows);
   bool many = args.rows > kEntryRows;
   if (many)
@@ -152,13 +169,15 @@ void launch_gate_up(const Launcher& launch, const MoeArgs& args, int sms) {
   auto bytes = [&](int stages) {
     return static_cast<size_t>(act_rows) * activation_pitch(args.gate_up.k) +
            static_cast<size_t>(2 * kWarps * act_rows * kPartialPitch * 4) +
-           static_cast<size_t>(kWarps * stages * kStageBytes) + plan_bytes(args);
+           static_cast<size_t>(kWarps * stages * kStageBytes) +
+           (args.rows == 1 ? 0 : plan_bytes(picks)) +
+           (args.rows == 1 || many ? 0 : RouteScratch::bytes(args.experts, picks));
   };
   int most = std::min(args.experts, picks) * args.gate_up.tiles / 2;
   // Of several rows, two blocks a multiprocessor hide each other's barriers and changes of rows.
   dim3 grid(static_cast<unsigned>(std::min(args.rows > 1 ? 2 * sms : sms, most)));
   if (args.rows == 1)
-    launch(gate_up<kPerLane, 4>, grid, kThreads, bytes(4), args, act_rows);
+    launch(gate_up<kPerLane, 4>, grid, kThreads, std::max(bytes(4), alone), args, act_rows);
   else
     launch(gate_up<kPerLane, 3>, grid, kThreads, bytes(3), args, act_rows);
 }
@@ -188,11 +207,12 @@ void CudaOps::reserve_gate_up() {
 void CudaOps::routed_gate_up(const RoutedGateUpArgs<float, bf16>& args) {
   MoeArgs moe = moe_args(c_, args.layer, args.router, args.rows.rows);
   moe.slot = args.rows.slot;
-  moe.normed = args.normed;
+  moe.normed = weighed_.data();
+  moe.row_scale = row_scale_.data();
   moe.routed = args.routed;
   moe.plan = route_.data();
-  c_.num_experts <= 256 ? launch_gate_up<8>(launch_, moe, device_.sms)
-                        : launch_gate_up<16>(launch_, moe, device_.sms);
+  c_.num_experts <= 256 ? launch_gate_up<8>(launch_, moe, device_.sms, alone_shared(device_))
+                        : launch_gate_up<16>(launch_, moe, device_.sms, alone_shared(device_));
 }
 
 }  // namespace qwen_moe::cuda

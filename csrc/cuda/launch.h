@@ -9,6 +9,23 @@
 
 namespace qwen_moe::cuda {
 
+// How a kernel is launched: beside its predecessor or behind it, and all with the same split of L1.
+// A kernel with another split waits until a multiprocessor is empty, and makes the next one wait.
+struct LaunchAttributes {
+  cudaLaunchAttribute list[2]{};
+  unsigned count = 0;
+
+  explicit LaunchAttributes(bool programmatic) {
+#if CUDART_VERSION >= 12080
+    list[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    list[count++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+#endif
+    if (!programmatic) return;
+    list[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    list[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+};
+
 // Where and how the kernels of a step are launched. With `programmatic` a kernel may start before
 // its predecessor in the stream ends; it then waits for it itself (device.cuh).
 struct Launcher {
@@ -19,16 +36,14 @@ struct Launcher {
   template <class... Params, class... Args>
   void operator()(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
                   Args&&... args) const {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    LaunchAttributes attributes(programmatic && ordinary <= 0);
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = programmatic && ordinary <= 0 ? 1 : 0;
+    config.attrs = attributes.list;
+    config.numAttrs = attributes.count;
     --ordinary;
     QWEN_MOE_CUDA(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
   }

@@ -1,7 +1,7 @@
 // What the two kernels of the routed experts share: their arguments, and how warps see the routing.
 #pragma once
 
-#include "cuda/dense.h"
+#include "cuda/norm.cuh"
 #include "cuda/ops.h"
 #include "cuda/route.cuh"
 
@@ -13,12 +13,14 @@ struct MoeArgs {
   const float* router;                // [rows, experts]
   const int32_t* slot;                // [rows]
   int rows, experts, top_k;
-  const bf16* normed;         // [rows, hidden]
+  const bf16* normed;         // [rows, hidden] but for their scale
+  const float* row_scale;     // [rows]
   bf16* routed;               // [place, moe_intermediate]
   const bf16* shared;         // [rows, shared_intermediate]
   const float* shared_scale;  // [rows]
   float* hidden;              // [rows, hidden]
-  std::byte* plan;            // in device memory, for more than 8 rows
+  Weighed next;               // of hidden
+  std::byte* plan;            // in device memory, of more rows than one
 };
 
 // How a kernel's warps see the routing: in their own registers for one row, else as a plan in
@@ -51,6 +53,7 @@ __device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args
   if (warp == 0) {
     RouterKeys<kPerLane> keys;
     keys.load(args.router, args.experts, lane);
+    keys.order();
     picks[lane] = pick_experts(keys, ranks, weigh, lane);
   }
   __syncthreads();
@@ -58,30 +61,30 @@ __device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args
   routing.entries = slot == 0 ? 0 : args.top_k;
 }
 
-// The routing of more rows: worked out, or copied whole, since a look at device memory for every
-// entry would be waited for; all threads of a block. `to`: where the plan is, then scratch.
-template <int kPerLane>
-__device__ __forceinline__ void find_plan(Routing& routing, const MoeArgs& args, std::byte* to) {
-  size_t bytes = round_up_16(RoutePlan::bytes(args.rows * args.top_k));
-  if (args.rows <= kEntryRows) {
-    build_plan<kPerLane>(routing.plan, RouteScratch(to + bytes, args.experts), args.router,
-                         args.slot, args.rows, args.experts, args.top_k);
-  } else {
-    for (size_t at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16)
-      copy_async_16(to + at, args.plan + at);
-    copy_async_commit();
-    copy_async_wait<0>();
-    __syncthreads();
-  }
-  routing.entries = *routing.plan.entries;
+__host__ __device__ inline size_t plan_bytes(int picks) {
+  return round_up_16(RoutePlan::bytes(picks));
 }
 
-// The plan in shared memory, and what making it takes.
-inline size_t plan_bytes(const MoeArgs& args) {
-  if (args.rows == 1) return 0;
-  int picks = args.rows * args.top_k;
-  return round_up_16(RoutePlan::bytes(picks)) +
-         (args.rows > kEntryRows ? 0 : RouteScratch::bytes(args.experts, picks));
+// Starts to copy the routing of more rows, whole, since a look at device memory for every entry
+// would be waited for. All threads of a block.
+__device__ __forceinline__ void copy_plan(const MoeArgs& args, std::byte* to) {
+  size_t bytes = plan_bytes(args.rows * args.top_k);
+  for (size_t at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16)
+    copy_async_16(to + at, args.plan + at);
+  copy_async_commit();
+}
+
+// Worked out by every block, and left in device memory by the first. `to`: the plan, then scratch.
+// `meanwhile` is called once the logits have been asked for: what it asks for comes behind them.
+template <int kPerLane, class Meanwhile>
+__device__ __forceinline__ void make_plan(Routing& routing, const MoeArgs& args, std::byte* to,
+                                          const Meanwhile& meanwhile) {
+  size_t bytes = plan_bytes(args.rows * args.top_k);
+  build_plan<kPerLane>(routing.plan, RouteScratch(to + bytes, args.experts), args.router, args.slot,
+                       args.rows, args.experts, args.top_k, meanwhile);
+  if (blockIdx.x == 0)
+    for (size_t at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16)
+      *reinterpret_cast<uint4*>(args.plan + at) = *reinterpret_cast<const uint4*>(to + at);
 }
 
 inline MoeArgs moe_args(const ModelConfig& c, const LayerWeights& w, const float* router,

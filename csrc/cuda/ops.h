@@ -9,6 +9,7 @@
 
 #include <deque>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -20,6 +21,7 @@ namespace qwen_moe::cuda {
 using bf16 = __nv_bfloat16;
 
 struct ProjectArgs;
+struct Weighed;
 
 class CudaOps {
  public:
@@ -27,7 +29,10 @@ class CudaOps {
   using In = bf16;
 
   CudaOps(const ModelConfig& config, const DeviceProperties& device, int max_rows, int max_context);
-  void begin(const Launcher& launcher) { launch_ = launcher; }
+  void begin(const Launcher& launcher) {
+    launch_ = launcher;
+    weighed_for_ = {};
+  }
 
   void embed(const EmbedArgs<float>& args);                        // dense.cu
   void norm_in_proj(const NormInProjArgs<float>& args);            // dense.cu; advances conv_state
@@ -73,7 +78,15 @@ class CudaOps {
   bool project_wide_rows(ProjectArgs& args, std::span<const WeightView* const> views, bool pairs);
   void project_rows(ProjectArgs& args, std::span<const WeightView* const> views, bool pairs);
   std::deque<Schedule> schedules_;
-  DeviceBuffer<bf16> normed_;  // [max_rows, hidden]
+
+  // dense.cu: what an op leaves for the norm that reads hidden next, and of which hidden and norm
+  // it is since `begin`; it is made first where that is not the norm that comes.
+  Weighed weigh(const float* hidden, const float* norm);
+  void take_normed(ProjectArgs& args, const float* hidden, const float* norm);
+  std::pair<const float*, const float*> weighed_for_;
+  DeviceBuffer<bf16> weighed_;     // [max_rows, hidden]
+  DeviceBuffer<float> squares_;    // [max_rows, hidden / 16]
+  DeviceBuffer<float> row_scale_;  // [max_rows] of the norm in front of the experts
 
   // gate_up.cu: which expert takes which rows, for many rows.
   DeviceBuffer<std::byte> route_;

@@ -35,7 +35,9 @@ class PrefillOps {
   // StepRows of the ops that follow are on the device; its rows are these.
   void begin(cudaStream_t stream, const PrefillRows& rows);
 
-  void embed(const EmbedArgs<float>& args) { decode_.embed(args); }
+  void embed(const EmbedArgs<float>& args) {
+    decode_.embed({.hidden = args.hidden, .embed_tokens = args.embed_tokens, .rows = args.rows});
+  }
   void norm_in_proj(const NormInProjArgs<float>& args);
   void gated_delta_prefill(const GatedDeltaArgs<float, bf16>& args);
   void attention_prefill(const AttentionArgs<float, bf16>& args);

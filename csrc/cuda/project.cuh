@@ -2,7 +2,7 @@
 // with a finished output.
 #pragma once
 
-#include "cuda/dense.h"
+#include "cuda/norm.cuh"
 
 namespace qwen_moe::cuda {
 
@@ -51,7 +51,7 @@ struct TileList {
 // What a finished output needs besides its sum, read early where that hides its latency.
 struct Extra {
   int slot = 0;
-  float a = 0, b = 0, c = 0;  // the residual; or the conv window, oldest first
+  float a = 0, b = 0, c = 0;  // the residual and its next norm; or the conv window, oldest first
   float tap[4] = {};
 
   // The causal conv without this token, into `a`: waits for what was asked for.
@@ -64,6 +64,7 @@ __device__ __forceinline__ Extra extra_of(const ProjectArgs& args, int segment, 
   extra.slot = slot;
   if (args.epilogue == Epilogue::residual) {
     extra.a = load_cg(args.out + row * args.out_stride + n);
+    if (args.next.norm) extra.b = __ldg(args.next.norm + n);
   } else if (args.epilogue == Epilogue::conv && segment == 0) {
     const float *taps = args.conv1d + n, *window = args.state.at(slot) + n;
 #pragma unroll
@@ -97,7 +98,12 @@ __device__ __forceinline__ void finish_output(const ProjectArgs& args, int segme
   float* out = args.out + row * args.out_stride + args.offset[segment] + n;
   switch (args.epilogue) {
     case Epilogue::plain: *out = sum; return;
-    case Epilogue::residual: *out = extra.a + sum; return;
+    case Epilogue::residual: {
+      float x = extra.a + sum;
+      *out = x;
+      if (args.next.norm) weigh_value(args.next, row, args.segment[0].n, n, x, extra.b);
+      return;
+    }
     case Epilogue::conv: {
       if (segment != 0) {
         *out = sum;
@@ -124,18 +130,40 @@ __device__ __forceinline__ void finish_output(const ProjectArgs& args, int segme
 }
 
 // Finishes one output of a tile from the partial sums of its slices; those of the tile before it in
-// the list are at `before`.
+// the list are at `before`. `scale` is the row's.
 __device__ __forceinline__ void finish_sums(const ProjectArgs& args, TileList::Place place,
                                             int first_row, int rows, int row, int output,
-                                            const float* partial, const float* before,
+                                            const float* partial, const float* before, float scale,
                                             const Extra& extra) {
   int n = place.tile * 16 + output;
   if (args.epilogue == Epilogue::router && place.segment == 2) return;  // by its up tile
   if (n >= args.segment[place.segment].n) return;                       // padding of the last tile
-  float sum = sum_slices(partial, rows, row, output), gate = 0;
+  float sum = __fmul_rn(scale, sum_slices(partial, rows, row, output)), gate = 0;
   if (args.epilogue == Epilogue::router && place.segment == 3)
-    gate = sum_slices(before, rows, row, output);
+    gate = __fmul_rn(scale, sum_slices(before, rows, row, output));
   finish_output(args, place.segment, first_row + row, n, sum, gate, extra);
+}
+
+// The slice of up to 8 rows that a warp alone reads, into shared memory: through registers, since
+// waiting for copies would wait for the weights asked for before them as well.
+template <bool kOneRow>
+__device__ __forceinline__ void load_slice(std::byte* to, int pitch, const bf16* from,
+                                           int64_t stride, int rows, UnitRange slice, int lane) {
+  constexpr int kAtOnce = kOneRow ? 4 : 8;  // vectors of 16 bytes: of the row, or of as many rows
+  int end = slice.end * 8;
+  const auto* in = reinterpret_cast<const uint4*>(from);
+#pragma unroll 1
+  for (int v = slice.begin * 8 + lane; v < end; v += kOneRow ? 32 * kAtOnce : 32) {
+    uint4 x[kAtOnce];
+    auto at = [&](int i) { return kOneRow ? v + i * 32 : v; };
+    auto there = [&](int i) { return kOneRow ? at(i) < end : i < rows; };
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (there(i)) x[i] = load_cg(in + (kOneRow ? 0 : i * (stride / 8)) + at(i));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (there(i)) *reinterpret_cast<uint4*>(to + (kOneRow ? 0 : i * pitch) + at(i) * 16) = x[i];
+  }
 }
 
 // bf16 rows into shared memory, one after the other `pitch` bytes apart; all of a block's threads.

@@ -28,6 +28,7 @@ __global__ __launch_bounds__(kWideThreads,
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ Tile items[kMaxItems];
   __shared__ int slots[8 * kTiles];
+  __shared__ float scales[8 * kTiles];
   int group = static_cast<int>(threadIdx.x) / kThreads;
   int thread = static_cast<int>(threadIdx.x) % kThreads, warp = thread / 32, lane = thread % 32;
   int first_row = static_cast<int>(blockIdx.y) * args.rows_per_block;
@@ -75,6 +76,16 @@ __global__ __launch_bounds__(kWideThreads,
   launch_dependents();
   load_rows<kWideThreads>(activations, pitch, args.input + first_row * args.input_stride,
                           args.input_stride, rows, args.k);
+  for (int row = static_cast<int>(threadIdx.x) / 32; row < rows; row += kGroups * kWarps) {
+    float scale = 1.0f;
+    if (args.squares) {
+      RowSquares squares;
+      squares.load(args.squares + (first_row + row) * (args.k / 16), args.k, lane);
+      scale = squares.scale(args.inverse_k, args.eps);
+    }
+    if (lane == 0) scales[row] = scale;
+    if (lane == 0 && args.row_scale && blockIdx.x == 0) args.row_scale[first_row + row] = scale;
+  }
   __syncthreads();
 
   // Columns of the products beyond the last row take the last row again; nobody reads them.
@@ -115,7 +126,7 @@ __global__ __launch_bounds__(kWideThreads,
       for_outputs(begin + t, [&](int r, int row, TileList::Place place, int) {
         if (args.epilogue == Epilogue::conv) extra[r].settle();
         finish_sums(args, place, first_row, rows, row, own_output, from + t * tile_floats, from,
-                    extra[r]);
+                    scales[row], extra[r]);
       });
     if (flush == 1)
       set ^= 1;  // written again only after the next barrier

@@ -64,6 +64,9 @@ struct RouterKeys {
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j)
       key[j] = j * 32 + lane < experts ? __float_as_uint(load_cg(logits + j * 32 + lane)) : ~0u;
+  }
+  // After `load`; waits for it.
+  __device__ __forceinline__ void order() {
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j)
       key[j] = key[j] & 0x80000000u ? ~key[j] : key[j] | 0x80000000u;
@@ -116,21 +119,30 @@ __device__ __forceinline__ Pick pick_experts(RouterKeys<kPerLane>& keys, int ran
 }
 
 // The plan of up to 64 rows; all threads of a block. Rows whose slot is 0 take no expert.
-template <int kPerLane>
-__device__ void build_plan(const RoutePlan& plan, const RouteScratch& scratch, const float* router,
-                           const int32_t* slot, int rows, int experts, int top_k) {
+// `meanwhile` is called by all threads once the first logits have been asked for.
+template <int kPerLane, class Meanwhile>
+__device__ __forceinline__ void build_plan(const RoutePlan& plan, const RouteScratch& scratch,
+                                           const float* router, const int32_t* slot, int rows,
+                                           int experts, int top_k, const Meanwhile& meanwhile) {
   int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   int threads = static_cast<int>(blockDim.x), warps = threads / 32;
+  RouterKeys<kPerLane> ahead;  // the next row's are on their way while this one's are looked at
+  int next_of = 0;
+  auto look_ahead = [&](int row) {
+    if (row >= rows) return;
+    ahead.load(router + static_cast<int64_t>(row) * experts, experts, lane);
+    next_of = load_cg(slot + row);
+  };
+  look_ahead(warp);
+  meanwhile();
   for (int e = thread; e < experts; e += threads) scratch.rows_of[e] = 0;
   __syncthreads();
-  RouterKeys<kPerLane> ahead;  // the next row's are on their way while this one's are looked at
-  if (warp < rows) ahead.load(router + static_cast<int64_t>(warp) * experts, experts, lane);
 #pragma unroll 1
   for (int row = warp; row < rows; row += warps) {
     RouterKeys<kPerLane> keys = ahead;
-    int of = load_cg(slot + row);
-    if (row + warps < rows)
-      ahead.load(router + static_cast<int64_t>(row + warps) * experts, experts, lane);
+    int of = next_of;
+    look_ahead(row + warps);
+    keys.order();
     Pick mine = pick_experts(keys, top_k, true, lane);
     if (lane >= top_k) continue;
     plan.weight[row * top_k + lane] = mine.weight;

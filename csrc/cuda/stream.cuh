@@ -12,6 +12,8 @@
 // the number of instructions for a chunk.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/device.cuh"
 #include "cuda/tile.cuh"
 #include "model/weights.h"
@@ -192,16 +194,19 @@ __device__ __forceinline__ void widen_int4(uint32_t (&a)[4], uint32_t word) {
   }
 }
 
-// Two bf16 pairs from a word of four codes + 128: 2^23 + code is exact in fp32, and an integer of 8
-// bits is exact in the upper half of an fp32.
+// Two bf16 pairs from a word of four codes + 128. The 7 low bits go into a mantissa, 128 + low, of
+// which 128 is taken, or 256 where the high bit is not set: exact in bf16.
 __device__ __forceinline__ void widen_int8(uint32_t& first, uint32_t& second, uint32_t word) {
-  const uint32_t magic = 0x4b000000;
-  float f[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    f[i] = __uint_as_float(__byte_perm(word, magic, 0x7650 + i)) - 8388736.0f;
-  first = __byte_perm(__float_as_uint(f[0]), __float_as_uint(f[1]), 0x7632);
-  second = __byte_perm(__float_as_uint(f[2]), __float_as_uint(f[3]), 0x7632);
+  auto widen = [](uint32_t pair) {  // 0x00hh00ll
+    uint32_t biased, bias;
+    asm("lop3.b32 %0, %1, 0x007f007f, 0x43004300, 0xea;" : "=r"(biased) : "r"(pair));
+    asm("lop3.b32 %0, %1, 0x00800080, 0x43004300, 0xae;" : "=r"(bias) : "r"(pair));
+    __nv_bfloat162 difference = __hsub2(*reinterpret_cast<__nv_bfloat162*>(&biased),
+                                        *reinterpret_cast<__nv_bfloat162*>(&bias));
+    return *reinterpret_cast<uint32_t*>(&difference);
+  };
+  first = widen(__byte_perm(word, 0, 0x4140));
+  second = widen(__byte_perm(word, 0, 0x4342));
 }
 
 // 16-byte vectors that a lane holds of a unit.
@@ -226,8 +231,11 @@ __device__ __forceinline__ void widen_step(uint32_t (&a)[4], const uint4* raw, i
   }
 }
 
-// A warp's sums of one tile for 8 * kTiles rows, in mma's accumulator order.
-template <int kTiles>
+// A warp's sums of one tile for 8 * kTiles rows, in mma's accumulator order. Units come up to kSide
+// side by side, as the products of one follow each other only at their full latency.
+template <int kTiles, int kSide = kTiles == 1   ? 4
+                                  : kTiles == 2 ? 2
+                                                : 1>
 struct TileSum {
   float total[kTiles][4];
 
@@ -255,40 +263,49 @@ struct TileSum {
   template <WeightFormat kFormat, class Chunk, class RowsOf>
   __device__ __forceinline__ void add_as(int group_shift, Chunk&& chunk, int units, int lane,
                                          const RowsOf& rows_of) {
-    // Two units side by side: the products of one follow each other only at their full latency.
-    // Four tiles of rows hide that by themselves.
-    constexpr int kSide = kFormat == WeightFormat::bf16 || kTiles == 4 ? 1 : 2,
-                  kVectors = lane_vectors(kFormat);
+    constexpr int kUnits = chunk_units(kFormat);
+    if constexpr (kSide >= kUnits)
+      if (units == kUnits)
+        return add_side<kFormat, kUnits, true>(group_shift, chunk, kUnits, lane, rows_of);
+    add_side<kFormat, std::min({kSide, kUnits, 2}), false>(group_shift, chunk, units, lane,
+                                                           rows_of);
+  }
+
+  template <WeightFormat kFormat, int kBeside, bool kFull, class Chunk, class RowsOf>
+  __device__ __forceinline__ void add_side(int group_shift, Chunk&& chunk, int units, int lane,
+                                           const RowsOf& rows_of) {
+    constexpr int kVectors = lane_vectors(kFormat);
 #pragma unroll
-    for (int u = 0; u < chunk_units(kFormat); u += kSide) {
-      if (u >= units) {
+    for (int u = 0; u < chunk_units(kFormat); u += kBeside) {
+      if (!kFull && u >= units) {
         chunk.used(u * kVectors, kChunkBytes / 512);
         break;
       }
-      uint4 raw[kSide][kVectors];
-      float low[kSide], high[kSide];
+      uint4 raw[kBeside][kVectors];
+      float low[kBeside], high[kBeside];
 #pragma unroll
-      for (int v = 0; v < kSide; ++v) {
+      for (int v = 0; v < kBeside; ++v) {
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) raw[v][i] = chunk.codes((u + v) * kVectors + i, lane);
         low[v] = high[v] = 1.0f;
         if constexpr (kFormat != WeightFormat::bf16) {
           chunk.scales((u + v) >> group_shift, lane, low[v], high[v]);
-          if (v > 0 && u + v >= units) low[v] = high[v] = 0.0f;  // and whatever the codes are
+          if (!kFull && v > 0 && u + v >= units)
+            low[v] = high[v] = 0.0f;  // and whatever the codes are
         }
       }
-      float sum[kSide][kTiles][4] = {};
+      float sum[kBeside][kTiles][4] = {};
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        uint4 b[kSide][kTiles];
+        uint4 b[kBeside][kTiles];
 #pragma unroll
-        for (int v = 0; v < kSide; ++v)
+        for (int v = 0; v < kBeside; ++v)
 #pragma unroll
           for (int i = 0; i < kTiles; ++i) b[v][i] = rows_of(i, u + v, j);
 #pragma unroll
         for (int s = 0; s < 2; ++s)
 #pragma unroll
-          for (int v = 0; v < kSide; ++v) {
+          for (int v = 0; v < kBeside; ++v) {
             uint32_t a[4];
             widen_step<kFormat>(a, raw[v], j, s);
 #pragma unroll
@@ -298,13 +315,13 @@ struct TileSum {
           }
       }
 #pragma unroll
-      for (int v = 0; v < kSide; ++v)
+      for (int v = 0; v < kBeside; ++v)
 #pragma unroll
         for (int i = 0; i < kTiles; ++i)
 #pragma unroll
           for (int j = 0; j < 4; ++j)
             total[i][j] = fmaf(j < 2 ? low[v] : high[v], sum[v][i][j], total[i][j]);
-      chunk.used(u * kVectors, (u + kSide) * kVectors);
+      chunk.used(u * kVectors, (u + kBeside) * kVectors);
     }
   }
 
@@ -323,10 +340,11 @@ struct TileSum {
 
 // Adds a warp's slice of a tile, chunk by chunk as they come. `feed(stage)` starts the copy that
 // comes next, into the stage just read; every call is one group of copies.
-template <int kTiles, int kStages, class Feed, class RowsOf>
-__device__ __forceinline__ void add_tile(TileSum<kTiles>& sum, int unit_shift, int group_shift,
-                                         UnitRange slice, const std::byte* ring, int& stage,
-                                         int lane, const Feed& feed, const RowsOf& rows_of) {
+template <int kTiles, int kStages, int kSide, class Feed, class RowsOf>
+__device__ __forceinline__ void add_tile(TileSum<kTiles, kSide>& sum, int unit_shift,
+                                         int group_shift, UnitRange slice, const std::byte* ring,
+                                         int& stage, int lane, const Feed& feed,
+                                         const RowsOf& rows_of) {
   int step = kChunkBytes >> unit_shift;
 #pragma unroll 1
   for (int unit = slice.begin; unit < slice.end; unit += step) {

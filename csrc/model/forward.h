@@ -18,8 +18,16 @@ enum class Phase { prefill, decode };
 template <OpSet Ops, class Act = typename Ops::Act, class In = typename Ops::In>
 void forward_layers(Ops& ops, const ShardWeights& weights, const std::vector<LayerState>& state,
                     const Buffers<Act, In>& b, const StepRows& rows, Phase phase) {
+  // The norm in front of layer i; the last shard's is followed by that of lm_head.
+  auto norm_before = [&](size_t i) {
+    if (i < weights.layers.size()) return weights.layers[i].input_layernorm;
+    return weights.last ? weights.norm : nullptr;
+  };
   if (weights.first)
-    ops.embed({.hidden = b.hidden, .embed_tokens = weights.embed_tokens, .rows = rows});
+    ops.embed({.hidden = b.hidden,
+               .embed_tokens = weights.embed_tokens,
+               .rows = rows,
+               .next_norm = norm_before(0)});
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     const LayerWeights& layer = weights.layers[i];
     ops.norm_in_proj({.proj = b.proj,
@@ -52,7 +60,8 @@ void forward_layers(Ops& ops, const ShardWeights& weights, const std::vector<Lay
                            .core = b.core,
                            .core_stride = layer.out_proj.spec.k,
                            .weight = layer.out_proj,
-                           .rows = rows.rows});
+                           .rows = rows.rows,
+                           .next_norm = layer.post_attention_layernorm});
     ops.norm_router_shared({.normed = b.normed,
                             .router = b.router,
                             .shared_scale = b.shared_scale,
@@ -68,7 +77,8 @@ void forward_layers(Ops& ops, const ShardWeights& weights, const std::vector<Lay
                                .shared_scale = b.shared_scale,
                                .shared = b.shared,
                                .layer = layer,
-                               .rows = rows});
+                               .rows = rows,
+                               .next_norm = norm_before(i + 1)});
   }
 }
 

@@ -50,19 +50,23 @@ struct Buffers {
   Act* hidden = nullptr;  // [rows, hidden] the residual stream
   Act* proj = nullptr;    // [rows, proj_stride] in_proj output: q|k|v|z|b|a, or q+gate|k|v
   int64_t proj_stride = 0;
-  In* core = nullptr;       // [rows, value_dim or attention_dim] gated output of the token mixer
-  In* normed = nullptr;     // [rows, hidden] input of router, shared and routed experts
-  float* router = nullptr;  // [rows, num_experts] logits
+  In* core = nullptr;  // [rows, value_dim or attention_dim] gated output of the token mixer
+  // [rows, hidden] input of router, shared and routed experts, where a backend does not keep it.
+  In* normed = nullptr;
+  float* router = nullptr;        // [rows, num_experts] logits
   float* shared_scale = nullptr;  // [rows] shared_expert_gate before the sigmoid
   In* shared = nullptr;           // [rows, shared_intermediate] silu(gate) * up
   In* routed = nullptr;  // [rows * num_experts_per_tok, moe_intermediate], in the backend's order
 };
 
+// `next_norm`, where an op has it, is the weight of the RMSNorm that reads hidden next, [hidden]: a
+// backend may do there what of the norm needs a single value only. Null: it is not known.
 template <class Act>
 struct EmbedArgs {
   Act* hidden;  // [rows, hidden]
   const WeightView& embed_tokens;
   const StepRows& rows;
+  const float* next_norm = nullptr;
 };
 
 template <class Act>
@@ -107,6 +111,7 @@ struct OutProjArgs {  // hidden += out_proj(core)
   int64_t core_stride;
   const WeightView& weight;
   int rows;
+  const float* next_norm = nullptr;
 };
 
 template <class Act, class In = Act>
@@ -138,6 +143,7 @@ struct DownCombineArgs {  // hidden += sum over ranks of weight * down + sigmoid
   const In* shared;
   const LayerWeights& layer;
   const StepRows& rows;
+  const float* next_norm = nullptr;
 };
 
 template <class Act>

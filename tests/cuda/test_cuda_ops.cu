@@ -280,6 +280,43 @@ TEST_P(CudaOpsTest, OutProjResidual) {
   }
 }
 
+// What a phase leaves for the norm behind it is what the norm makes of the residual stream itself.
+TEST_P(CudaOpsTest, NormsBegunAhead) {
+  const LayerWeights &delta = gpu_weights.layers[0], &attention = gpu_weights.layers[1];
+  auto h = static_cast<size_t>(c.hidden_size);
+  auto picks = static_cast<size_t>(c.num_experts_per_tok);
+  int64_t width = 2 * c.attention_dim() + 2 * c.kv_dim();
+  auto core = to_device(random_halves(static_cast<int64_t>(kRows) * delta.out_proj.spec.k, 1, 4));
+  for (int count : {1, 3, 8, 9, 33, 64}) {
+    auto n = static_cast<size_t>(count);
+    StepRows rows = gpu_rows(count);
+    auto run = [&](bool ahead) {
+      DeviceBuffer<float> d_hidden(n * h), router(n * static_cast<size_t>(c.num_experts)), scale(n),
+          proj(n * static_cast<size_t>(width));
+      DeviceBuffer<bf16> shared(n * static_cast<size_t>(c.shared_expert_intermediate_size)),
+          routed(n * picks * static_cast<size_t>(c.moe_intermediate_size));
+      auto next = [&](const float* norm) { return ahead ? norm : nullptr; };
+      begin();
+      gpu_ops->embed(
+          {d_hidden.data(), gpu_weights.embed_tokens, rows, next(attention.input_layernorm)});
+      gpu_ops->norm_in_proj({proj.data(), width, d_hidden.data(), attention, {}, rows});
+      own_stream->synchronize();
+      auto first = to_host(proj);
+      gpu_ops->out_proj_residual({d_hidden.data(), core.data(), delta.out_proj.spec.k,
+                                  delta.out_proj, count, next(delta.post_attention_layernorm)});
+      gpu_ops->norm_router_shared(
+          {nullptr, router.data(), scale.data(), shared.data(), d_hidden.data(), delta, count});
+      gpu_ops->routed_gate_up({routed.data(), router.data(), nullptr, delta, rows});
+      gpu_ops->down_combine_residual({d_hidden.data(), routed.data(), router.data(), scale.data(),
+                                      shared.data(), delta, rows, next(attention.input_layernorm)});
+      gpu_ops->norm_in_proj({proj.data(), width, d_hidden.data(), attention, {}, rows});
+      own_stream->synchronize();
+      return std::tuple{first, to_host(router), to_host(d_hidden), to_host(proj)};
+    };
+    EXPECT_TRUE(run(true) == run(false)) << count << " rows";
+  }
+}
+
 TEST_P(CudaOpsTest, Experts) {
   const LayerWeights &on_cpu = cpu_weights.layers[0], &on_gpu = gpu_weights.layers[0];
   auto h = static_cast<size_t>(c.hidden_size),
@@ -300,12 +337,12 @@ TEST_P(CudaOpsTest, Experts) {
   auto run = [&](int count, int first) {
     auto n = static_cast<size_t>(count);
     DeviceBuffer<float> g_router(n * e), g_scale(n);
-    DeviceBuffer<bf16> g_normed(n * h), g_shared(n * s), g_routed(n * picks * inter);
+    DeviceBuffer<bf16> g_shared(n * s), g_routed(n * picks * inter);
     auto g_hidden = to_device(std::vector(hidden.begin() + first * c.hidden_size,
                                           hidden.begin() + (first + count) * c.hidden_size));
     StepRows device_rows = gpu_rows(count, first);
     begin();
-    gpu_ops->norm_router_shared({g_normed.data(), g_router.data(), g_scale.data(), g_shared.data(),
+    gpu_ops->norm_router_shared({nullptr, g_router.data(), g_scale.data(), g_shared.data(),
                                  g_hidden.data(), on_gpu, count});
     own_stream->synchronize();
     got.router = to_host(g_router);
@@ -314,8 +351,7 @@ TEST_P(CudaOpsTest, Experts) {
                               router.begin() + (first + count) * c.num_experts);
     QWEN_MOE_CUDA(cudaMemcpy(g_router.data(), logits.data(), g_router.bytes(), cudaMemcpyDefault));
     begin();
-    gpu_ops->routed_gate_up(
-        {g_routed.data(), g_router.data(), g_normed.data(), on_gpu, device_rows});
+    gpu_ops->routed_gate_up({g_routed.data(), g_router.data(), nullptr, on_gpu, device_rows});
     gpu_ops->down_combine_residual({g_hidden.data(), g_routed.data(), g_router.data(),
                                     g_scale.data(), g_shared.data(), on_gpu, device_rows});
     own_stream->synchronize();
@@ -344,13 +380,11 @@ TEST_P(CudaOpsTest, Experts) {
 // Rows of slot 0 route nowhere, and do not disturb the others.
 TEST_P(CudaOpsTest, PaddingRoutesNowhere) {
   const LayerWeights& layer = gpu_weights.layers[0];
-  auto h = static_cast<size_t>(c.hidden_size), e = static_cast<size_t>(c.num_experts);
+  auto e = static_cast<size_t>(c.num_experts);
   size_t picks = static_cast<size_t>(c.num_experts_per_tok),
          inter = static_cast<size_t>(c.moe_intermediate_size);
-  auto logits = random_floats(static_cast<int64_t>(kRows * e), 1.0f, 9);
-  auto normed = random_halves(static_cast<int64_t>(kRows * h), 1.0f, 10);
-  auto d_logits = to_device(logits);
-  auto d_normed = to_device(normed);
+  auto d_logits = to_device(random_floats(static_cast<int64_t>(kRows * e), 1.0f, 9));
+  DeviceBuffer<float> router(kRows * e);
   for (int count : {1, 8, 64}) {
     auto run = [&](bool padded) {
       std::vector<int32_t> slots = slot;
@@ -364,11 +398,11 @@ TEST_P(CudaOpsTest, PaddingRoutesNowhere) {
           shared(static_cast<size_t>(count) *
                  static_cast<size_t>(c.shared_expert_intermediate_size));
       DeviceBuffer<float> scale(static_cast<size_t>(count));
-      QWEN_MOE_CUDA(cudaMemset(shared.data(), 0, shared.bytes()));
-      QWEN_MOE_CUDA(cudaMemset(scale.data(), 0, scale.bytes()));
       auto d_hidden = to_device(hidden);
       begin();
-      gpu_ops->routed_gate_up({routed.data(), d_logits.data(), d_normed.data(), layer, rows});
+      gpu_ops->norm_router_shared(
+          {nullptr, router.data(), scale.data(), shared.data(), d_hidden.data(), layer, count});
+      gpu_ops->routed_gate_up({routed.data(), d_logits.data(), nullptr, layer, rows});
       gpu_ops->down_combine_residual({d_hidden.data(), routed.data(), d_logits.data(), scale.data(),
                                       shared.data(), layer, rows});
       own_stream->synchronize();
