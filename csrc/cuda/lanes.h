@@ -1,7 +1,10 @@
 // The way of weights to a GPU: pinned buffers, device buffers and a stream for every thread.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -13,6 +16,26 @@ namespace qwen_moe::cuda {
 
 // Bytes that one thread sends at a time.
 inline constexpr size_t kChunk = size_t{4} << 20;
+
+// Nanoseconds that loading threads spent since the process began, all of them together: making
+// lanes, filling pinned memory (reading files mostly), and waiting for the device.
+struct LaneTimes {
+  std::atomic<int64_t> making{0}, filling{0}, waiting{0};
+};
+inline LaneTimes lane_times;
+
+// Adds the time that it lives.
+class Timed {
+ public:
+  explicit Timed(std::atomic<int64_t>& sum) : sum_(sum) {}
+  ~Timed() { sum_ += std::chrono::nanoseconds(std::chrono::steady_clock::now() - begin_).count(); }
+  Timed(const Timed&) = delete;
+  Timed& operator=(const Timed&) = delete;
+
+ private:
+  std::atomic<int64_t>& sum_;
+  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+};
 
 // What one thread sends through. Two buffers are pinned, so that the host fills one while the other
 // travels.
@@ -27,14 +50,26 @@ struct Lane {
 
   // The pinned buffer whose turn it is, once its last contents have left.
   std::byte* turn() {
+    Timed timed(lane_times.waiting);
     next = 1 - next;
     sent[next].synchronize();
     return host[next].data();
+  }
+  // Runs what writes to that buffer.
+  template <class Write>
+  void fill(const Write& write) {
+    Timed timed(lane_times.filling);
+    write();
   }
   // Starts what is in it on its way.
   void send(std::byte* to, size_t bytes) {
     QWEN_MOE_CUDA(cudaMemcpyAsync(to, host[next].data(), bytes, cudaMemcpyHostToDevice, stream));
     sent[next].record(stream);
+  }
+  // Until all of it is where it belongs.
+  void wait() {
+    Timed timed(lane_times.waiting);
+    stream.synchronize();
   }
 };
 
@@ -73,6 +108,7 @@ class Lanes {
         return lane;
       }
     }
+    Timed timed(lane_times.making);
     return std::make_unique<Lane>();
   }
   void give(std::unique_ptr<Lane> lane) {

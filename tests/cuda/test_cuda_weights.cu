@@ -2,9 +2,11 @@
 // cuda/tile.cuh.
 #include <cuda_fp16.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -232,6 +234,41 @@ TEST_F(CudaWeights, AreQuantizedToTheBytesOfTheHost) {
       }
     }
   }
+}
+
+TEST_F(CudaWeights, MayLieInPartsOfFiles) {
+  const TensorSlot slot = matrix_slot(WeightFormat::int4, 600, 4096, 3);
+  const size_t rows = size_t{600} * 4096;
+  const Bytes source = bytes_as(DType::bf16, random_source(slot.shape, 11));
+  Bytes expected(slot.bytes());
+  host_->pack(expected.data(), slot, {source.data(), DType::bf16, slot.shape}, 0);
+  // The last matrix first, at an odd place; then the others, the second in two parts.
+  const auto file = std::shared_ptr<std::FILE>(std::tmpfile(), &std::fclose);
+  const size_t each = rows * 2, cut = 12345;
+  std::fputs("odd", file.get());
+  std::fwrite(source.data() + 2 * each, 1, each, file.get());
+  std::fwrite(source.data(), 1, 2 * each, file.get());
+  std::fflush(file.get());
+  const int descriptor = fileno(file.get());
+  const auto at = [&](size_t offset) { return static_cast<int64_t>(3 + offset); };
+  const FileParts files({{descriptor, at(each), each},
+                         {descriptor, at(2 * each), cut},
+                         {descriptor, at(2 * each + cut), each - cut},
+                         {descriptor, at(0), each}});
+  const auto stored = allocate(slot.bytes());
+  home_->pack(stored.get(), slot, slot.entries(files, DType::bf16), 0);
+  expect_same(slot, expected, read(stored.get(), slot.bytes()));
+  // A file that ends before is named, and the home goes on working.
+  ASSERT_EQ(ftruncate(descriptor, at(3 * each) - 1), 0);
+  try {
+    home_->pack(stored.get(), slot, slot.entries(files, DType::bf16), 0);
+    FAIL() << "a file that ends before was read";
+  } catch (const Format& error) {
+    EXPECT_NE(std::string(error.what()).find("/"), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find("ends within"), std::string::npos) << error.what();
+  }
+  home_->pack(stored.get(), slot, {source.data(), DType::bf16, slot.shape}, 0);
+  expect_same(slot, expected, read(stored.get(), slot.bytes()));
 }
 
 TEST_F(CudaWeights, RefuseWhatTheHostRefusesInItsWords) {
