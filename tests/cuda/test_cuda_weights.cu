@@ -12,6 +12,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/pack.h"
@@ -206,21 +207,26 @@ Bytes bytes_as(DType dtype, const std::vector<float>& values) {
   return out;
 }
 
-TEST_F(CudaWeights, AreQuantizedToTheBytesOfTheHost) {
+TEST_F(CudaWeights, ArePackedToTheBytesOfTheHost) {
   const auto packer = make_cuda_packer(0, make_cpu_weight_home(2));
   EXPECT_EQ(packer->name(), host_->name());
   std::minstd_rand engine(3);
   std::normal_distribution<float> normal;
   std::vector<TensorSlot> slots;
-  for (WeightFormat format : {WeightFormat::int4, WeightFormat::int8}) {
-    for (int group : {32, 64, 128}) slots.push_back(matrix_slot(format, 37, 384, 3, group));
+  for (WeightFormat format : {WeightFormat::int4, WeightFormat::int8, WeightFormat::bf16}) {
+    if (is_quantized(format)) {
+      for (int group : {32, 64, 128}) slots.push_back(matrix_slot(format, 37, 384, 3, group));
+    } else {
+      for (int k : {8, 64, 328}) slots.push_back(matrix_slot(format, 37, k, 3));
+    }
     slots.push_back(matrix_slot(format, 1200, 4096));  // longer than a chunk
     slots.push_back(matrix_slot(format, 600, 4096, 3));
   }
   for (const TensorSlot& slot : slots) {
     for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-      // Usual weights; scales that are denormal in f16, and none at all; large ones; many ties.
-      for (float size : {0.02f, 1e-6f, 1e-9f, 0.0f, 6e3f, -1.0f}) {
+      // Usual weights; scales that are denormal in f16, weights that are in bf16, and none at all;
+      // large ones; many ties.
+      for (float size : {0.02f, 1e-6f, 1e-9f, 1e-39f, 0.0f, 6e3f, -1.0f}) {
         std::vector<float> values(static_cast<size_t>(num_elements(slot.shape)));
         for (float& v : values)
           v = size < 0 ? static_cast<float>(engine() % 15) - 7 : normal(engine) * size;
@@ -273,8 +279,13 @@ TEST_F(CudaWeights, MayLieInPartsOfFiles) {
 
 TEST_F(CudaWeights, RefuseWhatTheHostRefusesInItsWords) {
   const auto packer = make_cuda_packer(0, make_cpu_weight_home(2));
-  const TensorSlot slot = matrix_slot(WeightFormat::int4, 32, 128);
-  for (float wrong : {INFINITY, 1e6f}) {  // no weight, and one whose scale does not fit f16
+  // No weight, one whose scale does not fit f16, and one that bf16 rounds to infinity.
+  for (auto [format, wrong] : {std::pair{WeightFormat::int4, INFINITY},
+                               {WeightFormat::int4, 1e6f},
+                               {WeightFormat::bf16, -INFINITY},
+                               {WeightFormat::bf16, std::nanf("")},
+                               {WeightFormat::bf16, 3.4e38f}}) {
+    const TensorSlot slot = matrix_slot(format, 32, 128);
     std::vector<float> values(32 * 128, 0.5f);
     values[20 * 128 + 3] = wrong;
     const TensorView view{values.data(), DType::f32, slot.shape};
