@@ -202,7 +202,7 @@ class CudaWeightHome : public WeightHome {
       const size_t take = std::min(step, bytes - at);
       std::byte* buffer = (*lane).turn();
       (*lane).fill([&] { from(buffer, take); });
-      (*lane).send((*lane).tiles.data(), take);
+      (*lane).send((*lane).tiles(), take);
       deliver(*lane, to + at, slot.spec, take / tile_bytes);
     }
     (*lane).wait();
@@ -254,7 +254,7 @@ class CudaWeightHome : public WeightHome {
     Lanes::Loan loan(lanes_);
     Lane& lane = *loan;
     const WeightSpec& spec = slot.spec;
-    QWEN_MOE_CUDA(cudaMemsetAsync(lane.bad.data(), 0, sizeof(int), lane.stream));
+    QWEN_MOE_CUDA(cudaMemsetAsync(lane.bad(), 0, sizeof(int), lane.stream));
     if (slot.shape.size() == 3) {
       pack_experts(lane, to, slot, source, first);
     } else {
@@ -267,7 +267,7 @@ class CudaWeightHome : public WeightHome {
     // Into pinned memory, as a copy elsewhere would go through the driver's own buffers.
     auto* bad = reinterpret_cast<int*>(lane.turn());
     QWEN_MOE_CUDA(
-        cudaMemcpyAsync(bad, lane.bad.data(), sizeof(int), cudaMemcpyDeviceToHost, lane.stream));
+        cudaMemcpyAsync(bad, lane.bad(), sizeof(int), cudaMemcpyDeviceToHost, lane.stream));
     lane.wait();
     if (*bad) refuse(slot, source, first);
   }
@@ -275,7 +275,7 @@ class CudaWeightHome : public WeightHome {
   // Takes tiles in host order from the lane to where they stay.
   virtual void deliver(Lane& lane, std::byte* to, const WeightSpec& spec, size_t tiles) {
     const auto blocks = static_cast<unsigned>(tiles);
-    const auto* from = reinterpret_cast<const uint4*>(lane.tiles.data());
+    const auto* from = reinterpret_cast<const uint4*>(lane.tiles());
     auto* out = reinterpret_cast<uint4*>(to);
     auto launch = [&](auto* kernel) {
       kernel<<<blocks, kThreads, 0, lane.stream>>>(out, from, runs_of(spec));
@@ -375,16 +375,14 @@ class CudaWeightHome : public WeightHome {
     const WeightSpec& spec = piece.spec;
     std::byte* buffer = lane.turn();
     if (packs_on_device(spec, source.dtype())) {
-      if (lane.rows.size() == 0) lane.rows = DeviceBuffer<std::byte>(kChunk);
       const size_t bytes =
           static_cast<size_t>(num_elements(piece.shape)) * dtype_size(source.dtype());
       lane.fill([&] { source.copy(buffer, at, bytes); });
-      lane.send(lane.rows.data(), bytes);
-      pack_on_device(lane.tiles.data(), spec, lane.rows.data(), source.dtype(), lane.bad.data(),
-                     lane.stream);
+      lane.send(lane.rows(), bytes);
+      pack_on_device(lane.tiles(), spec, lane.rows(), source.dtype(), lane.bad(), lane.stream);
     } else {
       lane.fill([&] { host_->pack(buffer, piece, source.part(at, piece.shape), 0); });
-      lane.send(lane.tiles.data(), spec.bytes());
+      lane.send(lane.tiles(), spec.bytes());
     }
     deliver(lane, to, spec, static_cast<size_t>(spec.tiles()) * static_cast<size_t>(spec.count));
   }
@@ -426,7 +424,7 @@ class CudaPacker : public CudaWeightHome {
 
  private:
   void deliver(Lane& lane, std::byte* to, const WeightSpec& spec, size_t tiles) override {
-    QWEN_MOE_CUDA(cudaMemcpyAsync(to, lane.tiles.data(), tiles * spec.tile_bytes(),
+    QWEN_MOE_CUDA(cudaMemcpyAsync(to, lane.tiles(), tiles * spec.tile_bytes(),
                                   cudaMemcpyDeviceToHost, lane.stream));
   }
 };
