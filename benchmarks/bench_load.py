@@ -98,17 +98,19 @@ class Peaks:
     def watched(self) -> Iterator[None]:
         """Sample every few milliseconds within."""
         stop = threading.Event()
-        before = anonymous_bytes(), self._gpu.used() if self._gpu else 0
+        before = host_bytes(), self._gpu.used() if self._gpu else 0
 
         def sample() -> None:
             if self._gpu:
                 self._gpu.attach()
+            ended = False
             while True:
-                self.host = max(self.host, anonymous_bytes() - before[0])
+                self.host = max(self.host, host_bytes() - before[0])
                 if self._gpu:
                     self.device = max(self.device, self._gpu.used() - before[1])
-                if stop.wait(0.005):
+                if ended:
                     return
+                ended = stop.wait(0.005)
 
         sampler = threading.Thread(target=sample)
         sampler.start()
@@ -119,11 +121,15 @@ class Peaks:
             sampler.join()
 
 
-def anonymous_bytes() -> int:
-    """Of this process, without the page cache."""
+def host_bytes() -> int:
+    """Memory of this process without the page cache: RssAnon, and what the core has pinned.
+
+    Pinned memory is the driver's and no part of RssAnon; should a driver take it from there, it is
+    counted twice: too much, never too little.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * 1024 + _core.cuda_pinned_bytes()
     return 0
 
 
@@ -205,7 +211,9 @@ def measure(
     peaks = Peaks(gpu)
     weights, engines = [], []
     resident = 0
+    spent: dict[str, list[float]] = {}
     for _ in range(repeat):
+        before = _core.cuda_loading_times()
         with peaks.watched():
             seconds, model = timed(
                 lambda: loading.load(
@@ -218,6 +226,8 @@ def measure(
                 )
             )
         weights.append(seconds)
+        for name, total in _core.cuda_loading_times().items():
+            spent.setdefault(name, []).append(total - before[name])
         resident = model.bytes
         del model
         seconds, engine = timed(
@@ -238,6 +248,8 @@ def measure(
         "resident_bytes": resident,
         "weights_seconds": weights,
         "engine_seconds": engines,
+        "thread_seconds": {name: statistics.median(each) for name, each in spent.items()},
+        "threads": threads,
         "rate": rate,
         "ceilings": ceilings,
         "share": rate / min(ceilings.values()),
@@ -255,10 +267,15 @@ def rows(name: str, found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "pinned memory to the GPU", f"{ceilings['copy'] / 1e9:.2f} GB/s"
     yield "weights loaded in", ", ".join(f"{s:.3f} s" for s in found["weights_seconds"])
     yield "Engine opened in", ", ".join(f"{s:.3f} s" for s in found["engine_seconds"])
+    if "copy" in ceilings:
+        spent = found["thread_seconds"]
+        rest = found["threads"] * statistics.median(found["weights_seconds"]) - sum(spent.values())
+        parts = [f"{name} {seconds:.2f}" for name, seconds in (*spent.items(), ("else", rest))]
+        yield "seconds of all threads", ", ".join(parts)
     yield "rate (median)", f"{found['rate'] / 1e9:.2f} GB/s"
     yield "share of the slower ceiling", f"{100 * found['share']:.0f} %"
     yield "resident", f"{found['resident_bytes'] / GIB:.2f} GiB"
-    yield "peak of the host's memory", f"{found['peak_host_bytes'] / GIB:.2f} GiB"
+    yield "peak of the host, with pinned", f"{found['peak_host_bytes'] / GIB:.2f} GiB"
     if "copy" in ceilings:
         over = found["peak_device_bytes"] - found["resident_bytes"]
         yield "peak of the GPU's memory", f"resident + {over / GIB:.2f} GiB"

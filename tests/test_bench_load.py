@@ -44,6 +44,17 @@ def test_it_measures_a_bundle_and_a_checkpoint(
     assert 0 < found["file_bytes"] - found["resident_bytes"] < 20000
 
 
+def test_pinned_memory_counts_as_the_hosts(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = [5 << 30]
+    monkeypatch.setattr(bench._core, "cuda_pinned_bytes", lambda: pinned[0])
+    peaks = bench.Peaks(None)
+    with peaks.watched():
+        pinned[0] += 3 << 30
+    assert 2 << 30 < peaks.host < 4 << 30
+
+
 def test_a_bundle_of_random_weights_is_what_a_dummy_is(bench: ModuleType, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -175,13 +175,16 @@ def test_small_pieces_give_the_same_bits(
     if layout == "per expert":
         path = write(tmp_path / "experts", per_expert(random_tensors()), shards=2)
     want = logits(path, quantize=quantize)
-    puts = []
-    monkeypatch.setattr(loading, "PIECE_BYTES", 9000)  # an expert, and 64 rows of a matrix
-    monkeypatch.setattr(shards, "WINDOW_BYTES", 20000)
-    monkeypatch.setattr(loading, "dtype_name", lambda t: puts.append(t.nbytes) or "bfloat16")
+    reads = []
+    parts = shards.OpenFiles.parts
+    monkeypatch.setattr(loading, "READ_BYTES", 9000)  # an expert, and 64 rows of a matrix
+    monkeypatch.setattr(
+        shards.OpenFiles, "parts", lambda *args: reads.append(parts(*args)) or reads[-1]
+    )
     assert torch.equal(logits(path, quantize=quantize), want)
-    assert max(puts) <= 9000
-    assert len(puts) > 40
+    sizes = [sum(size for _, _, size in read) for read in reads]
+    assert max(sizes) <= 9000
+    assert len(sizes) > 40
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4-all"])
@@ -266,7 +269,7 @@ def test_a_second_engine_reads_no_weights_again(
 ) -> None:
     want = logits(plain)
     with open_small(plain):
-        monkeypatch.setattr(shards.Shards, "read", None)
+        monkeypatch.setattr(shards.OpenFiles, "parts", None)
         assert torch.equal(logits(plain), want)
         with pytest.raises(TypeError):  # another recipe is another copy
             logits(plain, quantize="int4")
@@ -433,6 +436,16 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_file(tmp_path: Path) ->
     with pytest.raises(qwen_moe.FormatError, match=r"nan/model\.safetensors: .*down_proj.*finite"):
         open_small(path)
     assert torch.isfinite(logits(write(path, random_tensors()))).all(), "something was left behind"
+
+
+def test_a_shard_that_is_cut_after_its_header_was_read_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "cut", per_expert(random_tensors()), shards=3)
+    checkpoint = Checkpoint(path)
+    last = checkpoint.tensors["layers.1.mlp.experts.3.down_proj.weight"].file
+    with last.open("r+b") as file:
+        file.truncate(last.stat().st_size // 2)
+    with pytest.raises(qwen_moe.FormatError, match=rf"{last}: the file ends within"):
+        loading.load(checkpoint, recipe="int4", devices=["cpu"], split=[], threads=2)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
 // Facts about this machine, and sums over bytes.
+#include <map>
+#include <string>
+
 #include "base/crc32.h"
 #include "bindings/bindings.h"
 #include "engine/backend.h"
@@ -10,6 +13,12 @@ void register_facts(py::module_& m) {
   m.def("cuda_device_info", &cuda_device_info, "device"_a);
   m.def("cuda_read_bandwidth", &cuda_read_bandwidth, "device"_a,
         py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_pinned_bytes", &cuda_pinned_bytes);
+  m.def("cuda_loading_times", [] {
+    const LoadingTimes times = cuda_loading_times();
+    return std::map<std::string, double>{
+        {"making", times.making}, {"filling", times.filling}, {"waiting", times.waiting}};
+  });
   m.def("isa", &cpu_isa);
   m.def(
       "crc32",

@@ -1,7 +1,9 @@
 // Plans of weights, weights packed for a file, and the model that serves.
 #include <cstdint>
 #include <map>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "engine/backend.h"
@@ -49,6 +51,15 @@ StoredFormats stored_formats(const std::map<std::string, std::string>& stored, i
     formats.formats[fqn] = name == "int4" ? WeightFormat::int4 : WeightFormat::int8;
   }
   return formats;
+}
+
+// (descriptor of an open file, offset, bytes), one after the other.
+using PyParts = std::vector<std::tuple<int, int64_t, size_t>>;
+
+FileParts file_parts(const PyParts& parts) {
+  std::vector<FilePart> out;
+  for (const auto& [descriptor, offset, bytes] : parts) out.push_back({descriptor, offset, bytes});
+  return FileParts(std::move(out));
 }
 
 }  // namespace
@@ -129,6 +140,14 @@ void register_model(py::module_& m) {
           },
           "data"_a, "dtype"_a, "first"_a = 0)
       .def(
+          "read",
+          [](PyPacked& self, const PyParts& parts, const std::string& dtype, int64_t first) {
+            const FileParts files = file_parts(parts);
+            self.tensor->put(*self.home, self.tensor->slot().entries(files, parse_dtype(dtype)),
+                             first);
+          },
+          "parts"_a, "dtype"_a, "first"_a = 0, py::call_guard<py::gil_scoped_release>())
+      .def(
           "fill_random",
           [](PyPacked& self, uint64_t seed) { self.tensor->fill_random(*self.home, seed); },
           "seed"_a, py::call_guard<py::gil_scoped_release>())
@@ -184,6 +203,13 @@ void register_model(py::module_& m) {
             self.model->put(fqn, span.data, span.bytes, parse_dtype(dtype), first);
           },
           "fqn"_a, "data"_a, "dtype"_a, "first"_a = 0)
+      .def(
+          "read",
+          [](PyModel& self, const std::string& fqn, const PyParts& parts, const std::string& dtype,
+             int64_t first) {
+            self.model->read(fqn, file_parts(parts), parse_dtype(dtype), first);
+          },
+          "fqn"_a, "parts"_a, "dtype"_a, "first"_a = 0, py::call_guard<py::gil_scoped_release>())
       .def(
           "read_packed",
           [](PyModel& self, const std::string& fqn, int file, int64_t offset, size_t bytes,

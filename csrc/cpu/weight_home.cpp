@@ -4,6 +4,7 @@
 #include <cstring>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "cpu/memory.h"
 #include "cpu/pack.h"
@@ -20,31 +21,21 @@ class CpuWeightHome : public WeightHome {
   std::string name() const override { return "cpu"; }
   std::shared_ptr<std::byte> allocate(size_t bytes) override { return allocate_shared(bytes); }
 
-  void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
+  void pack(std::byte* to, const TensorSlot& slot, const WeightSource& source,
             int64_t first) override {
     if (slot.kind != TensorKind::matrix)
       return pack_vector(reinterpret_cast<float*>(to), slot, source, first);
     const WeightSpec& spec = slot.spec;
-    const auto* from = static_cast<const std::byte*>(source.data);
-    size_t row_bytes = static_cast<size_t>(spec.k) * dtype_size(source.dtype);
+    const int64_t entries = source.shape()[0];
     if (slot.shape.size() == 3) {  // experts, whole matrices
-      int tiles = spec.tiles(), count = static_cast<int>(source.shape[0]);
-      run(count * tiles, slot, [&](int task) {
-        auto which = static_cast<size_t>(task / tiles);
-        pack_tiles(to + (static_cast<size_t>(first) + which) * spec.matrix_bytes(), spec,
-                   from + which * static_cast<size_t>(spec.n) * row_bytes, source.dtype,
-                   task % tiles, task % tiles + 1);
-      });
-      return;
+      to += static_cast<size_t>(first) * spec.matrix_bytes();
+      return pack_matrices(to, slot, source, static_cast<int>(entries), spec.n);
     }
     // A plain matrix comes whole, or in pieces of whole tiles.
-    int64_t end = first + source.shape[0];
+    const int64_t end = first + entries;
     require(first % kTile == 0 && (end % kTile == 0 || end == spec.n), slot.fqn, ": rows ", first,
             " to ", end, " are not whole tiles of ", kTile);
-    int tile = static_cast<int>(first / kTile), tiles = static_cast<int>((end + kTile - 1) / kTile);
-    const std::byte* base = from - static_cast<size_t>(first) * row_bytes;
-    run(tiles - tile, slot,
-        [&](int task) { pack_tiles(to, spec, base, source.dtype, tile + task, tile + task + 1); });
+    pack_matrices(to, slot, source, 1, static_cast<int>(entries), static_cast<int>(first));
   }
 
   void copy_packed(std::byte* to, const TensorSlot&, const PackedSource& from,
@@ -67,7 +58,7 @@ class CpuWeightHome : public WeightHome {
     float std =
         slot.role == WeightRole::embedding ? 1.0f : 1.0f / std::sqrt(static_cast<float>(spec.k));
     int tiles = spec.tiles();
-    run(spec.count * tiles, slot, [&](int task) {
+    run(spec.count * tiles, slot, [&](int task, int) {
       auto which = static_cast<size_t>(task / tiles);
       cpu::fill_random(to + which * spec.matrix_bytes(), spec, seed + which, std, task % tiles,
                        task % tiles + 1);
@@ -81,9 +72,9 @@ class CpuWeightHome : public WeightHome {
   void run(int count, const TensorSlot& slot, const Work& work) {
     std::mutex mutex;
     std::string error;
-    pool_->run(count, [&](int task, int) {
+    pool_->run(count, [&](int task, int worker) {
       try {
-        work(task);
+        work(task, worker);
       } catch (const std::exception& e) {
         std::lock_guard lock(mutex);
         if (error.empty()) error = e.what();
@@ -92,14 +83,37 @@ class CpuWeightHome : public WeightHome {
     require<Format>(error.empty(), slot.fqn, ": ", error);
   }
 
-  void pack_vector(float* to, const TensorSlot& slot, const TensorView& source, int64_t first) {
+  // Rows [row, row + rows) of `count` matrices, which the source has one after the other. Who packs
+  // a tile also reads it, so that it is in cache.
+  void pack_matrices(std::byte* to, const TensorSlot& slot, const WeightSource& source, int count,
+                     int rows, int row = 0) {
+    const WeightSpec& spec = slot.spec;
+    const size_t row_bytes = static_cast<size_t>(spec.k) * dtype_size(source.dtype());
+    const int tiles = (rows + kTile - 1) / kTile;
+    std::vector<std::vector<std::byte>> buffers(static_cast<size_t>(pool_->size()));
+    run(count * tiles, slot, [&](int task, int worker) {
+      const int which = task / tiles, begin = task % tiles * kTile;
+      const int tile = row / kTile + task % tiles;
+      const size_t bytes = static_cast<size_t>(std::min(kTile, rows - begin)) * row_bytes;
+      const std::byte* from =
+          source.get(buffers[static_cast<size_t>(worker)],
+                     (static_cast<size_t>(which) * rows + begin) * row_bytes, bytes);
+      pack_tiles(to + static_cast<size_t>(which) * spec.matrix_bytes(), spec,
+                 from - static_cast<size_t>(tile) * kTile * row_bytes, source.dtype(), tile,
+                 tile + 1);
+    });
+  }
+
+  void pack_vector(float* to, const TensorSlot& slot, const WeightSource& source, int64_t first) {
     int64_t each = num_elements(slot.shape) / slot.shape[0];
-    int64_t count = source.shape[0] * each;
+    int64_t count = source.shape()[0] * each;
+    const size_t bytes = static_cast<size_t>(count) * dtype_size(source.dtype());
     WeightSpec spec{.format = WeightFormat::f32, .n = 1, .k = static_cast<int>(count)};
     HostBuffer<std::byte> tile(spec.bytes());
     HostBuffer<float> values(static_cast<size_t>(count));
+    std::vector<std::byte> buffer;
     try {
-      pack_tiles(tile.data(), spec, source.data, source.dtype, 0, 1);
+      pack_tiles(tile.data(), spec, source.get(buffer, 0, bytes), source.dtype(), 0, 1);
     } catch (const Format& e) {
       throw Format(concat(slot.fqn, ": ", e.what()));
     }

@@ -21,6 +21,10 @@ std::map<std::string, std::string> cuda_device_info(int) {
   throw Device("this build has no CUDA backend");
 }
 
+LoadingTimes cuda_loading_times() { return {}; }
+
+size_t cuda_pinned_bytes() { return 0; }
+
 double cuda_read_bandwidth(int) { throw Device("this build has no CUDA backend"); }
 
 }  // namespace qwen_moe

@@ -146,36 +146,80 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+struct Dense {
+  int n, k, tiles;  // of one matrix
+  int tile_bytes;
+};
+
+// One block a tile (x) and 128 input features (y), which it transposes.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    pack_dense(std::byte* to, const T* rows, Dense d, int* bad) {
+  __shared__ uint16_t values[kMaxGroup][kTile + 2];
+  const int thread = static_cast<int>(threadIdx.x),
+            begin = static_cast<int>(blockIdx.y) * kMaxGroup;
+  const int tile = static_cast<int>(blockIdx.x) % d.tiles;
+  const int64_t matrix = static_cast<int>(blockIdx.x) / d.tiles;
+  const int count = min(kMaxGroup, d.k - begin);
+  const int row = tile * kTile + thread / kScales;
+  const T* from = rows + (matrix * d.n + row) * d.k + begin;
+  bool fits = true;
+  for (int i = thread % kScales; i < count; i += kScales) {
+    const uint32_t bits = __float_as_uint(row < d.n ? value_of(from[i]) : 0.0f);
+    const uint32_t half = (bits + ((bits >> 16 & 1u) + 0x7fffu)) >> 16;  // of a finite value
+    fits &= (bits & 0x7f800000u) != 0x7f800000u && (half & 0x7f80u) != 0x7f80u;
+    values[i][thread / kScales] = static_cast<uint16_t>(half);
+  }
+  if (!fits) *bad = 1;
+  __syncthreads();
+  auto* out = reinterpret_cast<uint16_t*>(to + static_cast<int64_t>(blockIdx.x) * d.tile_bytes) +
+              begin * kTile;
+  for (int i = thread; i < count * kTile; i += kThreads) out[i] = values[i / kTile][i % kTile];
+}
+
+// Calls `launch` with the rows as what they are.
+template <class Launch>
+void with_type(const void* rows, DType dtype, const Launch& launch) {
+  switch (dtype) {
+    case DType::f32: return launch(static_cast<const float*>(rows));
+    case DType::f16: return launch(static_cast<const __half*>(rows));
+    default: return launch(static_cast<const __nv_bfloat16*>(rows));
+  }
+}
+
 }  // namespace
 
 bool packs_on_device(const WeightSpec& spec, DType dtype) {
-  return is_quantized(spec.format) && !spec.has_zero &&
+  return (is_quantized(spec.format) || spec.format == WeightFormat::bf16) && !spec.has_zero &&
          (dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16);
 }
 
 void pack_on_device(std::byte* to, const WeightSpec& spec, const void* rows, DType dtype, int* bad,
                     cudaStream_t stream) {
-  require(packs_on_device(spec, dtype) && spec.group <= kMaxGroup && spec.k % spec.group == 0,
+  const bool dense = spec.format == WeightFormat::bf16;
+  require(packs_on_device(spec, dtype) &&
+              (dense || (spec.group <= kMaxGroup && spec.k % spec.group == 0)),
           "weights of dtype ", dtype_name(dtype), " in groups of ", spec.group,
           " are not packed on a GPU");
-  const Packing p{.n = spec.n,
-                  .k = spec.k,
-                  .group = spec.group,
-                  .tiles = spec.tiles(),
-                  .scale_bytes = static_cast<int>(spec.scale_bytes()),
-                  .tile_bytes = static_cast<int>(spec.tile_bytes()),
-                  .int4 = spec.format == WeightFormat::int4};
-  const dim3 blocks(static_cast<unsigned>(p.tiles * spec.count),
-                    static_cast<unsigned>(p.k / p.group));
-  switch (dtype) {
-    case DType::f32:
-      pack<<<blocks, kThreads, 0, stream>>>(to, static_cast<const float*>(rows), p, bad);
-      break;
-    case DType::f16:
-      pack<<<blocks, kThreads, 0, stream>>>(to, static_cast<const __half*>(rows), p, bad);
-      break;
-    default:
-      pack<<<blocks, kThreads, 0, stream>>>(to, static_cast<const __nv_bfloat16*>(rows), p, bad);
+  const int tile_bytes = static_cast<int>(spec.tile_bytes());
+  const int inputs = dense ? kMaxGroup : spec.group;  // of a block
+  const dim3 blocks(static_cast<unsigned>(spec.tiles() * spec.count),
+                    static_cast<unsigned>((spec.k + inputs - 1) / inputs));
+  if (dense) {
+    const Dense d{.n = spec.n, .k = spec.k, .tiles = spec.tiles(), .tile_bytes = tile_bytes};
+    with_type(rows, dtype, [&](const auto* from) {
+      pack_dense<<<blocks, kThreads, 0, stream>>>(to, from, d, bad);
+    });
+  } else {
+    const Packing p{.n = spec.n,
+                    .k = spec.k,
+                    .group = spec.group,
+                    .tiles = spec.tiles(),
+                    .scale_bytes = static_cast<int>(spec.scale_bytes()),
+                    .tile_bytes = tile_bytes,
+                    .int4 = spec.format == WeightFormat::int4};
+    with_type(rows, dtype,
+              [&](const auto* from) { pack<<<blocks, kThreads, 0, stream>>>(to, from, p, bad); });
   }
   QWEN_MOE_CUDA(cudaGetLastError());
 }

@@ -1,5 +1,7 @@
 #include "cuda/runtime.h"
 
+#include <atomic>
+
 namespace qwen_moe::cuda {
 
 void check(cudaError_t status, const char* call) {
@@ -25,11 +27,23 @@ void* DeviceMemory::allocate(size_t bytes) {
   return data;
 }
 
+namespace {
+std::atomic<size_t> pinned{0};
+}
+
 void* PinnedMemory::allocate(size_t bytes) {
   void* data = nullptr;
   QWEN_MOE_CUDA(cudaMallocHost(&data, bytes));
+  pinned += bytes;
   return data;
 }
+
+void PinnedMemory::release(void* data, size_t bytes) {
+  cudaFreeHost(data);
+  pinned -= bytes;
+}
+
+size_t PinnedMemory::taken() { return pinned; }
 
 DeviceProperties device_properties(int device) {
   int count = 0;

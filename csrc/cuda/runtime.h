@@ -73,7 +73,7 @@ class Buffer {
     if (count) data_ = static_cast<T*>(Memory::allocate(count * sizeof(T)));
   }
   ~Buffer() {
-    if (data_) Memory::release(data_);
+    if (data_) Memory::release(data_, bytes());
   }
   Buffer(Buffer&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), count_(std::exchange(other.count_, 0)) {}
@@ -93,11 +93,12 @@ class Buffer {
 
 struct DeviceMemory {  // of the current device
   static void* allocate(size_t bytes);
-  static void release(void* data) { cudaFree(data); }
+  static void release(void* data, size_t) { cudaFree(data); }
 };
 struct PinnedMemory {
   static void* allocate(size_t bytes);
-  static void release(void* data) { cudaFreeHost(data); }
+  static void release(void* data, size_t bytes);
+  static size_t taken();  // by the process, now
 };
 template <class T>
 using DeviceBuffer = Buffer<T, DeviceMemory>;

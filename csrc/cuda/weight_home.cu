@@ -1,6 +1,6 @@
-// A GPU's memory as a home for weights. Both devices hold the same codes and scales: what is
-// quantized is packed here as a host packs it, the rest by the host's home. A kernel then puts the
-// codes where the kernels of this device expect them.
+// A GPU's memory as a home for weights. Both devices hold the same codes and scales: matrices are
+// packed here as a host packs them, codes that a checkpoint has and vectors by the host's home. A
+// kernel then puts the codes where the kernels of this device expect them.
 #include <cuda_fp16.h>
 
 #include <algorithm>
@@ -171,13 +171,13 @@ class CudaWeightHome : public WeightHome {
             }};
   }
 
-  void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
+  void pack(std::byte* to, const TensorSlot& slot, const WeightSource& source,
             int64_t first) override {
     if (slot.kind != TensorKind::matrix) {
       // Packing may transpose, so a part of a vector would not be a part of what is stored.
-      require(first == 0 && source.shape.at(0) == slot.shape[0], slot.fqn, ": entries ", first,
-              " to ", first + source.shape.at(0), " came; ", name(), " takes all ", slot.shape[0],
-              " of a vector at once");
+      const int64_t end = first + source.shape().at(0);
+      require(first == 0 && end == slot.shape[0], slot.fqn, ": entries ", first, " to ", end,
+              " came; ", name(), " takes all ", slot.shape[0], " of a vector at once");
       std::vector<std::byte> packed(slot.bytes());
       host_->pack(packed.data(), slot, source, 0);
       return upload(to, packed.data(), packed.size());
@@ -200,11 +200,12 @@ class CudaWeightHome : public WeightHome {
     const size_t step = kChunk / tile_bytes * tile_bytes;
     for (size_t at = 0; at < bytes; at += step) {
       const size_t take = std::min(step, bytes - at);
-      from((*lane).turn(), take);
-      (*lane).send((*lane).tiles.data(), take);
+      std::byte* buffer = (*lane).turn();
+      (*lane).fill([&] { from(buffer, take); });
+      (*lane).send((*lane).tiles(), take);
       deliver(*lane, to + at, slot.spec, take / tile_bytes);
     }
-    (*lane).stream.synchronize();
+    (*lane).wait();
   }
 
   void fill_random(std::byte* to, const TensorSlot& slot, uint64_t seed) override {
@@ -247,33 +248,34 @@ class CudaWeightHome : public WeightHome {
   WeightHome& host() const { return *host_; }
 
   // Packs whole experts, or rows from the first of a tile to the last of one.
-  void pack_matrices(std::byte* to, const TensorSlot& slot, const TensorView& source,
+  void pack_matrices(std::byte* to, const TensorSlot& slot, const WeightSource& source,
                      int64_t first) {
     DeviceGuard guard(device_);
     Lanes::Loan loan(lanes_);
     Lane& lane = *loan;
     const WeightSpec& spec = slot.spec;
-    QWEN_MOE_CUDA(cudaMemsetAsync(lane.bad.data(), 0, sizeof(int), lane.stream));
+    QWEN_MOE_CUDA(cudaMemsetAsync(lane.bad(), 0, sizeof(int), lane.stream));
     if (slot.shape.size() == 3) {
       pack_experts(lane, to, slot, source, first);
     } else {
-      const int64_t end = first + source.shape.at(0);
+      const int64_t end = first + source.shape().at(0);
       require(first % kTile == 0 && (end % kTile == 0 || end == spec.n), slot.fqn, ": rows ", first,
               " to ", end, " are not whole tiles of ", kTile);
-      pack_rows(lane, to + static_cast<size_t>(first / kTile) * spec.tile_bytes(), slot,
-                static_cast<const std::byte*>(source.data), source.dtype, source.shape.at(0));
+      pack_rows(lane, to + static_cast<size_t>(first / kTile) * spec.tile_bytes(), slot, source, 0,
+                source.shape().at(0));
     }
-    int bad = 0;
+    // Into pinned memory, as a copy elsewhere would go through the driver's own buffers.
+    auto* bad = reinterpret_cast<int*>(lane.turn());
     QWEN_MOE_CUDA(
-        cudaMemcpyAsync(&bad, lane.bad.data(), sizeof(int), cudaMemcpyDeviceToHost, lane.stream));
-    lane.stream.synchronize();
-    if (bad) refuse(slot, source, first);
+        cudaMemcpyAsync(bad, lane.bad(), sizeof(int), cudaMemcpyDeviceToHost, lane.stream));
+    lane.wait();
+    if (*bad) refuse(slot, source, first);
   }
 
   // Takes tiles in host order from the lane to where they stay.
   virtual void deliver(Lane& lane, std::byte* to, const WeightSpec& spec, size_t tiles) {
     const auto blocks = static_cast<unsigned>(tiles);
-    const auto* from = reinterpret_cast<const uint4*>(lane.tiles.data());
+    const auto* from = reinterpret_cast<const uint4*>(lane.tiles());
     auto* out = reinterpret_cast<uint4*>(to);
     auto launch = [&](auto* kernel) {
       kernel<<<blocks, kThreads, 0, lane.stream>>>(out, from, runs_of(spec));
@@ -288,14 +290,14 @@ class CudaWeightHome : public WeightHome {
 
  private:
   // The host's packing of the same weights says what is wrong with them.
-  void refuse(const TensorSlot& slot, const TensorView& source, int64_t first) const {
+  void refuse(const TensorSlot& slot, const WeightSource& source, int64_t first) const {
     TensorSlot piece = slot;
-    piece.shape[0] = source.shape.at(0);
+    piece.shape[0] = source.shape().at(0);
     (slot.shape.size() == 3 ? piece.spec.count : piece.spec.n) = static_cast<int>(piece.shape[0]);
     if (first > 0) piece.fqn = concat(slot.fqn, ", from entry ", first);
     std::vector<std::byte> packed(piece.bytes());
     host_->pack(packed.data(), piece, source, 0);
-    throw Format(concat(piece.fqn, ": ", name(), " could not quantize its weights"));
+    throw Format(concat(piece.fqn, ": ", name(), " could not pack its weights"));
   }
 
   void check_supported(const TensorSlot& slot) const {
@@ -316,37 +318,36 @@ class CudaWeightHome : public WeightHome {
                     " input features make a tile larger than ", kChunk, " bytes");
   }
 
-  void pack_experts(Lane& lane, std::byte* to, const TensorSlot& slot, const TensorView& source,
+  void pack_experts(Lane& lane, std::byte* to, const TensorSlot& slot, const WeightSource& source,
                     int64_t first) {
     const WeightSpec& spec = slot.spec;
     const size_t entry =
-        static_cast<size_t>(spec.n) * static_cast<size_t>(spec.k) * dtype_size(source.dtype);
-    const auto* from = static_cast<const std::byte*>(source.data);
+        static_cast<size_t>(spec.n) * static_cast<size_t>(spec.k) * dtype_size(source.dtype());
     to += static_cast<size_t>(first) * spec.matrix_bytes();
-    const auto fit = static_cast<int64_t>(kChunk / room(spec, source.dtype, spec.n));
-    for (int64_t i = 0, count = source.shape.at(0); i < count;) {
+    const auto fit = static_cast<int64_t>(kChunk / room(spec, source.dtype(), spec.n));
+    for (int64_t i = 0, count = source.shape().at(0); i < count;) {
       const int64_t take = std::min(std::max<int64_t>(fit, 1), count - i);
+      const size_t at = static_cast<size_t>(i) * entry;
       TensorSlot piece = slot;
       piece.fqn = concat(slot.fqn, ", from expert ", first + i);
       if (fit == 0) {  // one expert is larger than a chunk
         piece.shape = {spec.n, spec.k};
         piece.spec.count = 1;
-        pack_rows(lane, to, piece, from, source.dtype, spec.n);
+        pack_rows(lane, to, piece, source, at, spec.n);
       } else {
         piece.shape[0] = piece.spec.count = static_cast<int>(take);
-        pack_piece(lane, to, piece, {from, source.dtype, piece.shape});
+        pack_piece(lane, to, piece, source, at);
       }
       i += take;
       to += static_cast<size_t>(take) * spec.matrix_bytes();
-      from += static_cast<size_t>(take) * entry;
     }
   }
 
-  // Rows of one matrix, from the first of a tile.
-  void pack_rows(Lane& lane, std::byte* to, const TensorSlot& slot, const std::byte* from,
-                 DType dtype, int64_t rows) {
+  // Rows of one matrix, from the first of a tile; they begin at byte `at` of the source.
+  void pack_rows(Lane& lane, std::byte* to, const TensorSlot& slot, const WeightSource& source,
+                 size_t at, int64_t rows) {
     const WeightSpec& spec = slot.spec;
-    const int64_t step = static_cast<int64_t>(kChunk / room(spec, dtype, kTile)) * kTile;
+    const int64_t step = static_cast<int64_t>(kChunk / room(spec, source.dtype(), kTile)) * kTile;
     require<Format>(step > 0, slot.fqn, ": ", spec.k, " input features make 16 rows larger than ",
                     kChunk, " bytes, which is as much as ", name(), " takes");
     for (int64_t row = 0; row < rows; row += step) {
@@ -354,9 +355,9 @@ class CudaWeightHome : public WeightHome {
       piece.shape[0] = piece.spec.n = static_cast<int>(std::min(step, rows - row));
       if (row > 0) piece.fqn = concat(slot.fqn, ", from row ", row, " of the piece");
       const size_t skip =
-          static_cast<size_t>(row) * static_cast<size_t>(spec.k) * dtype_size(dtype);
-      pack_piece(lane, to + static_cast<size_t>(row / kTile) * spec.tile_bytes(), piece,
-                 {from + skip, dtype, piece.shape});
+          static_cast<size_t>(row) * static_cast<size_t>(spec.k) * dtype_size(source.dtype());
+      pack_piece(lane, to + static_cast<size_t>(row / kTile) * spec.tile_bytes(), piece, source,
+                 at + skip);
     }
   }
 
@@ -368,18 +369,20 @@ class CudaWeightHome : public WeightHome {
                     static_cast<size_t>(rows) * static_cast<size_t>(spec.k) * dtype_size(dtype));
   }
 
-  // Packs a whole small tensor and starts it on its way.
-  void pack_piece(Lane& lane, std::byte* to, const TensorSlot& piece, const TensorView& source) {
+  // Packs a whole small tensor, which begins at byte `at` of the source, and starts it on its way.
+  void pack_piece(Lane& lane, std::byte* to, const TensorSlot& piece, const WeightSource& source,
+                  size_t at) {
     const WeightSpec& spec = piece.spec;
-    if (packs_on_device(spec, source.dtype)) {
-      if (lane.rows.size() == 0) lane.rows = DeviceBuffer<std::byte>(kChunk);
-      std::memcpy(lane.turn(), source.data, source.bytes());
-      lane.send(lane.rows.data(), source.bytes());
-      pack_on_device(lane.tiles.data(), spec, lane.rows.data(), source.dtype, lane.bad.data(),
-                     lane.stream);
+    std::byte* buffer = lane.turn();
+    if (packs_on_device(spec, source.dtype())) {
+      const size_t bytes =
+          static_cast<size_t>(num_elements(piece.shape)) * dtype_size(source.dtype());
+      lane.fill([&] { source.copy(buffer, at, bytes); });
+      lane.send(lane.rows(), bytes);
+      pack_on_device(lane.tiles(), spec, lane.rows(), source.dtype(), lane.bad(), lane.stream);
     } else {
-      host_->pack(lane.turn(), piece, source, 0);
-      lane.send(lane.tiles.data(), spec.bytes());
+      lane.fill([&] { host_->pack(buffer, piece, source.part(at, piece.shape), 0); });
+      lane.send(lane.tiles(), spec.bytes());
     }
     deliver(lane, to, spec, static_cast<size_t>(spec.tiles()) * static_cast<size_t>(spec.count));
   }
@@ -396,7 +399,7 @@ class CudaWeightHome : public WeightHome {
   Lanes lanes_;
 };
 
-// The host's home, which lets a GPU quantize.
+// The host's home, which lets a GPU pack matrices.
 class CudaPacker : public CudaWeightHome {
  public:
   using CudaWeightHome::CudaWeightHome;
@@ -404,9 +407,9 @@ class CudaPacker : public CudaWeightHome {
   std::string name() const override { return host().name(); }
   std::shared_ptr<std::byte> allocate(size_t bytes) override { return host().allocate(bytes); }
 
-  void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
+  void pack(std::byte* to, const TensorSlot& slot, const WeightSource& source,
             int64_t first) override {
-    if (slot.kind == TensorKind::matrix && packs_on_device(slot.spec, source.dtype))
+    if (slot.kind == TensorKind::matrix && packs_on_device(slot.spec, source.dtype()))
       pack_matrices(to, slot, source, first);
     else
       host().pack(to, slot, source, first);
@@ -421,7 +424,7 @@ class CudaPacker : public CudaWeightHome {
 
  private:
   void deliver(Lane& lane, std::byte* to, const WeightSpec& spec, size_t tiles) override {
-    QWEN_MOE_CUDA(cudaMemcpyAsync(to, lane.tiles.data(), tiles * spec.tile_bytes(),
+    QWEN_MOE_CUDA(cudaMemcpyAsync(to, lane.tiles(), tiles * spec.tile_bytes(),
                                   cudaMemcpyDeviceToHost, lane.stream));
   }
 };
@@ -438,5 +441,15 @@ std::shared_ptr<WeightHome> make_cuda_weight_home(int device, std::shared_ptr<We
 std::shared_ptr<WeightHome> make_cuda_packer(int device, std::shared_ptr<WeightHome> host) {
   return std::make_shared<cuda::CudaPacker>(device, std::move(host));
 }
+
+LoadingTimes cuda_loading_times() {
+  const auto seconds = [](const std::atomic<int64_t>& sum) {
+    return static_cast<double>(sum) * 1e-9;
+  };
+  const cuda::LaneTimes& times = cuda::lane_times;
+  return {seconds(times.making), seconds(times.filling), seconds(times.waiting)};
+}
+
+size_t cuda_pinned_bytes() { return cuda::PinnedMemory::taken(); }
 
 }  // namespace qwen_moe

@@ -113,12 +113,19 @@ double cpu_read_bandwidth(int threads, size_t bytes, double seconds);
 // Linked from cuda/, or from cuda/absent.cpp, which answers false and throws Device.
 bool cuda_available();
 std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options);
-// `host` packs what the device does not quantize; its bytes are reordered there.
+// `host` packs what the device does not; its bytes are reordered there.
 std::shared_ptr<WeightHome> make_cuda_weight_home(int device, std::shared_ptr<WeightHome> host);
-// `host` itself, but that the device quantizes for it: the same bytes.
+// `host` itself, but that the device packs matrices for it: the same bytes.
 std::shared_ptr<WeightHome> make_cuda_packer(int device, std::shared_ptr<WeightHome> host);
 // Facts for reports, by name: "name" of the GPU and whatever else tells two machines apart.
 std::map<std::string, std::string> cuda_device_info(int device);
+// What loading onto GPUs took since the process began: seconds, summed over threads, of making
+// pinned buffers and streams, filling them, and waiting for the device.
+struct LoadingTimes {
+  double making = 0, filling = 0, waiting = 0;
+};
+LoadingTimes cuda_loading_times();
+size_t cuda_pinned_bytes();              // of host memory, taken now
 double cuda_read_bandwidth(int device);  // bytes per second of a plain read of its memory
 
 }  // namespace qwen_moe

@@ -2,8 +2,6 @@
 
 #include <utility>
 
-#include "model/packed_file.h"
-
 namespace qwen_moe {
 
 Model::Model(ModelConfig config, Recipe recipe, DType dtype, std::string checkpoint,
@@ -70,7 +68,14 @@ size_t Model::bytes() const {
 
 void Model::put(const std::string& fqn, const void* data, size_t bytes, DType dtype,
                 int64_t first) {
-  const TensorView source = entry(fqn).tensor->slot().entries(data, bytes, dtype);
+  put(fqn, WeightSource(entry(fqn).tensor->slot().entries(data, bytes, dtype)), first);
+}
+
+void Model::read(const std::string& fqn, const FileParts& files, DType dtype, int64_t first) {
+  put(fqn, entry(fqn).tensor->slot().entries(files, dtype), first);
+}
+
+void Model::put(const std::string& fqn, const WeightSource& source, int64_t first) {
   auto [begin, end] = index_.equal_range(fqn);
   for (auto it = begin; it != end; ++it) {
     const Entry& e = entries_[it->second];

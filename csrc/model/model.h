@@ -33,6 +33,8 @@ class Model {
   size_t bytes() const;
 
   void put(const std::string& fqn, const void* data, size_t bytes, DType dtype, int64_t first);
+  // The same of entries that lie in open files.
+  void read(const std::string& fqn, const FileParts& files, DType dtype, int64_t first);
   // Bytes [at, at + bytes) of the tensor as a host packs it, which lie in a file at `offset`; gives
   // their CRC-32. Several threads may read at once. A tensor is complete once `accept` was called.
   uint32_t read_packed(const std::string& fqn, int file, int64_t offset, size_t bytes, size_t at);
@@ -44,6 +46,7 @@ class Model {
 
  private:
   const Entry& entry(const std::string& fqn) const;
+  void put(const std::string& fqn, const WeightSource& source, int64_t first);
   // Tensors a shard holds may repeat (a tied embedding on first and last): found by name and shard.
   const StoredTensor* find(const std::string& fqn, int shard) const;
 

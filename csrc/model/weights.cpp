@@ -1,6 +1,7 @@
 #include "model/weights.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 namespace qwen_moe {
@@ -30,6 +31,31 @@ TensorView TensorSlot::entries(const void* data, size_t bytes, DType dtype) cons
                   " are not whole entries of ", each, " bytes, shape ", to_string(shape));
   piece[0] = static_cast<int64_t>(bytes / each);
   return {data, dtype, piece};
+}
+
+WeightSource TensorSlot::entries(const FileParts& files, DType dtype) const {
+  return {[&files](std::byte* to, size_t at, size_t bytes) { files.read(to, at, bytes); }, dtype,
+          entries(nullptr, files.bytes(), dtype).shape};
+}
+
+void WeightSource::copy(std::byte* to, size_t at, size_t bytes) const {
+  if (data_ != nullptr)
+    std::memcpy(to, data_ + at, bytes);
+  else
+    read_(to, at, bytes);
+}
+
+const std::byte* WeightSource::get(std::vector<std::byte>& buffer, size_t at, size_t bytes) const {
+  if (data_ != nullptr) return data_ + at;
+  if (buffer.size() < bytes) buffer.resize(bytes);
+  read_(buffer.data(), at, bytes);
+  return buffer.data();
+}
+
+WeightSource WeightSource::part(size_t at, Shape shape) const {
+  if (data_ != nullptr) return {data_ + at, dtype_, std::move(shape)};
+  return {[this, at](std::byte* to, size_t from, size_t bytes) { read_(to, at + from, bytes); },
+          dtype_, std::move(shape)};
 }
 
 namespace {
@@ -144,8 +170,8 @@ bool StoredTensor::complete() const {
   return missing_ == 0 && !unchecked_;
 }
 
-void StoredTensor::put(WeightHome& home, const TensorView& source, int64_t first) {
-  int64_t entries = source.shape.at(0);
+void StoredTensor::put(WeightHome& home, const WeightSource& source, int64_t first) {
+  int64_t entries = source.shape().at(0);
   require(first >= 0 && first + entries <= slot_.shape[0], slot_.fqn, ": entries ", first, " to ",
           first + entries, " of a leading dimension of ", slot_.shape[0]);
   {

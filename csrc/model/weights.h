@@ -12,10 +12,12 @@
 #include <mutex>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "base/tensor.h"
 #include "model/config.h"
+#include "model/file_bytes.h"
 #include "model/quant.h"
 
 namespace qwen_moe {
@@ -27,6 +29,35 @@ enum class TensorKind {
   one_plus,   // f32, stored as 1 + w (zero-centred RMSNorm)
   minus_exp,  // f32, stored as -exp(w) (A_log)
   conv_taps,  // [channels, 1, kernel] stored as f32 [kernel, channels]
+};
+
+// Entries of a tensor on their way in: in memory already, or read where they are wanted, so that
+// what lies in a file passes through no memory in between.
+class WeightSource {
+ public:
+  // Writes bytes [at, at + bytes) of the entries to `to`. Several threads may ask at once, and for
+  // the same bytes again.
+  using Read = std::function<void(std::byte* to, size_t at, size_t bytes)>;
+
+  WeightSource(const void* data, DType dtype, Shape shape)
+      : data_(static_cast<const std::byte*>(data)), dtype_(dtype), shape_(std::move(shape)) {}
+  WeightSource(const TensorView& view) : WeightSource(view.data, view.dtype, view.shape) {}
+  WeightSource(Read read, DType dtype, Shape shape)
+      : read_(std::move(read)), dtype_(dtype), shape_(std::move(shape)) {}
+
+  DType dtype() const { return dtype_; }
+  const Shape& shape() const { return shape_; }  // of the entries
+  void copy(std::byte* to, size_t at, size_t bytes) const;
+  // The same bytes, where they are or in `buffer`.
+  const std::byte* get(std::vector<std::byte>& buffer, size_t at, size_t bytes) const;
+  // What begins at byte `at`; this one must outlive it.
+  WeightSource part(size_t at, Shape shape) const;
+
+ private:
+  const std::byte* data_ = nullptr;  // null: `read_` has them
+  Read read_;
+  DType dtype_;
+  Shape shape_;
 };
 
 struct TensorSlot {
@@ -48,6 +79,8 @@ struct TensorSlot {
   Unit unit() const;
   // `bytes` of a checkpoint as whole entries of the leading dimension.
   TensorView entries(const void* data, size_t bytes, DType dtype) const;
+  // The same of bytes in files, which must outlive it.
+  WeightSource entries(const FileParts& files, DType dtype) const;
 };
 
 // What a checkpoint that is quantized already says of its matrices.
@@ -72,9 +105,9 @@ class WeightHome {
   virtual ~WeightHome() = default;
   virtual std::string name() const = 0;
   virtual std::shared_ptr<std::byte> allocate(size_t bytes) = 0;
-  // Packs entries [first, first + source.shape[0]) of the leading dimension. Several threads may
+  // Packs entries [first, first + source.shape()[0]) of the leading dimension. Several threads may
   // call it at once.
-  virtual void pack(std::byte* to, const TensorSlot& slot, const TensorView& source,
+  virtual void pack(std::byte* to, const TensorSlot& slot, const WeightSource& source,
                     int64_t first) = 0;
   // Takes whole units of a tensor as a host's home packs them; `to` is where the first belongs.
   // Several threads may call it at once.
@@ -96,7 +129,7 @@ class StoredTensor {
   bool complete() const;
 
   // Pieces whose entries are all there are skipped. Several threads may put several parts at once.
-  void put(WeightHome& home, const TensorView& source, int64_t first);
+  void put(WeightHome& home, const WeightSource& source, int64_t first);
   // Bytes [at, at + bytes) of the packed tensor in host order, whole units. Several threads may put
   // several parts of one tensor at once. It is complete only after `accept`, so that bytes with a
   // wrong checksum are shared with nobody.

@@ -22,6 +22,13 @@ def cuda_read_bandwidth(device: int) -> float:
 def isa() -> str:
     """The instruction set that the CPU kernels use: portable, avx2 or avx512."""
 
+def cuda_pinned_bytes() -> int:
+    """Host memory that is pinned for GPUs now."""
+
+def cuda_loading_times() -> dict[str, float]:
+    """Seconds that loading onto GPUs took since the process began, summed over threads: "making"
+    pinned buffers and streams, "filling" them (reading files), and "waiting" for the device."""
+
 def crc32(data: Buffer, before: int = 0) -> int:
     """As `zlib.crc32`, faster."""
 
@@ -170,6 +177,8 @@ class PackedTensor:
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def put(self, data: Buffer, dtype: str, first: int = 0) -> None:
         """As `Model.put`."""
+    def read(self, parts: Sequence[tuple[int, int, int]], dtype: str, first: int = 0) -> None:
+        """As `Model.read`."""
     def fill_random(self, seed: int) -> None:
         """As `Model.fill_random`."""
 
@@ -210,6 +219,11 @@ class Model:
         the leading dimension starting at `first` (for experts: expert `first`, first + 1, ...).
         Of dtype "coded" every weight is an int16 code and the f16 scale of its group; a quantized
         tensor then keeps both as they are."""
+    def read(
+        self, fqn: str, parts: Sequence[tuple[int, int, int]], dtype: str, first: int = 0
+    ) -> None:
+        """As `put`, of data that lies in open files: descriptor, offset and size of each run of
+        bytes, one after the other. Several threads may read, one file and one tensor too."""
     def read_packed(self, fqn: str, file: int, offset: int, bytes: int, at: int = 0) -> int:
         """Read whole units of a tensor, from its byte `at`, as `PackedTensor` gives them; a GPU
         puts them in its own order. They lie at `offset` of an open file. Gives their CRC-32.

@@ -11,17 +11,16 @@ session (name, dtype, shape, kind).
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from qwen_moe import _core
 from qwen_moe.config import load_json
 from qwen_moe.errors import FormatError, InvalidArgument
-from qwen_moe.shards import read_header
+from qwen_moe.shards import OpenFiles, StoredTensor, read_header
 
 MANIFEST = "qwen_moe_bundle.json"
 FORMAT = "qwen_moe.bundle"
@@ -179,19 +178,16 @@ class Bundle:
             FormatError: A file cannot be read, or a checksum differs.
         """
         with contextlib.ExitStack() as stack:
-            files: dict[Path, BinaryIO] = {}
+            files = stack.enter_context(OpenFiles())
             pieces: list[_Piece] = []
             for slot in slots:
                 tensor = self.tensors[slot.fqn]
-                if tensor.file not in files:
-                    try:
-                        opened = stack.enter_context(tensor.file.open("rb", buffering=0))
-                    except OSError as error:
-                        raise FormatError(f"{tensor.describe()}: {error}") from error
-                    files[tensor.file] = opened
+                try:
+                    file = files.descriptor(tensor.file)
+                except FormatError as error:
+                    raise FormatError(f"{tensor.describe()}: {error}") from error
                 step = max(1, PIECE_BYTES // slot.unit_bytes) * slot.unit_bytes
                 for at in range(0, tensor.bytes, step):
-                    file = files[tensor.file].fileno()
                     pieces.append(_Piece(tensor, file, at, min(step, tensor.bytes - at)))
             readers = stack.enter_context(ThreadPoolExecutor(threads))
             stack.callback(readers.shutdown, wait=True, cancel_futures=True)
@@ -252,17 +248,17 @@ def declared_state(config: _core.ModelConfig) -> list[dict[str, Any]]:
 
 def _tensors(path: Path, listed: dict[str, Any]) -> Iterator[tuple[str, PackedFile]]:
     manifest = path / MANIFEST
-    headers: dict[str, dict[str, tuple[int, int]]] = {}
+    headers: dict[str, dict[str, StoredTensor]] = {}
     for fqn, entry in listed.items():
         name = _field(entry, "file", str, manifest)
         if Path(name).name != name:
             raise FormatError(f"{manifest}: {fqn} is placed in {name!r}, which is no file name")
         if name not in headers:
-            headers[name] = _places(path / name)
+            headers[name] = read_header(path / name)
         size = _field(entry, "bytes", int, manifest)
-        begin, end = headers[name].get(fqn, (0, -1))
-        if end - begin != size:
-            found = "no such tensor" if end < 0 else f"{end - begin} bytes of it"
+        stored = headers[name].get(fqn)
+        if stored is None or stored.size != size:
+            found = "no such tensor" if stored is None else f"{stored.size} bytes of it"
             raise FormatError(
                 f"{path / name}: holds {found}; {MANIFEST} places {size} bytes of {fqn} there"
             )
@@ -276,7 +272,7 @@ def _tensors(path: Path, listed: dict[str, Any]) -> Iterator[tuple[str, PackedFi
             PackedFile(
                 fqn,
                 path / name,
-                begin,
+                stored.offset,
                 shape,
                 _field(entry, "format", str, manifest),
                 _field(entry, "group", int, manifest),
@@ -284,19 +280,6 @@ def _tensors(path: Path, listed: dict[str, Any]) -> Iterator[tuple[str, PackedFi
                 crc,
             ),
         )
-
-
-def _places(file: Path) -> dict[str, tuple[int, int]]:
-    """First byte and end of every tensor in a safetensors file."""
-    names = read_header(file)  # which finds files that are missing, truncated or no safetensors
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-    base = 8 + size
-    return {
-        name: (base + header[name]["data_offsets"][0], base + header[name]["data_offsets"][1])
-        for name in names
-    }
 
 
 def _field(raw: Any, name: str, kind: type[T], source: Path) -> T:  # noqa: ANN401 - of a JSON file

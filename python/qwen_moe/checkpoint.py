@@ -239,13 +239,12 @@ class Checkpoint:
                 raise FormatError(
                     f"{self.path / shard_name}: holds no tensor {name}, which {_INDEX} places there"
                 )
-            shape, dtype = headers[shard_name][name]
             fqn = _strip(name)
             if fqn in self.tensors:
                 raise FormatError(
                     f"{self.path / shard_name}: {name} and {self.tensors[fqn].name} are the same"
                 )
-            self.tensors[fqn] = StoredTensor(name, self.path / shard_name, shape, dtype)
+            self.tensors[fqn] = headers[shard_name][name]
 
     def _source(self, slot: _core.TensorSlot, missing: list[str]) -> Weight | None:
         """The weight of one slot; names that are not there go to `missing`."""

@@ -1,19 +1,21 @@
 """Weights of a checkpoint -> the core, one piece at a time.
 
-A piece is at most `PIECE_BYTES` of one tensor. Codes and scales that a checkpoint has already go to
-the core as they are where one of its formats holds them.
+Values that lie in the files as they are the core reads itself, at most `READ_BYTES` at a time.
+Others are computed here, `PIECE_BYTES` at a time. Codes and scales that a checkpoint has already go
+to the core as they are where one of its formats holds them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -22,10 +24,11 @@ from qwen_moe import _core
 from qwen_moe.checkpoint import Checkpoint
 from qwen_moe.errors import FormatError
 from qwen_moe.plan import plan, report
-from qwen_moe.shards import Shards
+from qwen_moe.shards import OpenFiles, Shards
 from qwen_moe.weights import Weight, entry_bytes
 
 PIECE_BYTES = 8 << 20
+READ_BYTES = 16 << 20
 ROW_STEP = 64  # matrices are cut at multiples of this many rows
 
 _turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -122,34 +125,68 @@ def _pack(
     todo = [
         piece
         for fqn, slot in needed.items()
-        for piece in pieces(slot, sources[fqn], coded=fqn in stored)
+        for piece in pieces(slot, sources[fqn], _Resident(model, fqn), coded=fqn in stored)
     ]
+    return put_pieces(todo, workers)
 
-    def put(data: memoryview, dtype: str, piece: Piece) -> None:
-        model.put(piece.slot.fqn, data, dtype, piece.begin)
 
-    return put_pieces(todo, put, workers)
+class Sink(Protocol):
+    """A tensor that is being filled; `_core.PackedTensor` is one."""
+
+    def put(self, data: memoryview, dtype: str, first: int = ...) -> None:
+        """As `_core.Model.put`."""
+
+    def read(self, parts: Sequence[tuple[int, int, int]], dtype: str, first: int = ...) -> None:
+        """As `_core.Model.read`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Resident:
+    """That of a model."""
+
+    model: _core.Model
+    fqn: str
+
+    def put(self, data: memoryview, dtype: str, first: int = 0) -> None:
+        self.model.put(self.fqn, data, dtype, first)
+
+    def read(self, parts: Sequence[tuple[int, int, int]], dtype: str, first: int = 0) -> None:
+        self.model.read(self.fqn, parts, dtype, first)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Entries [begin, end) of a tensor's leading dimension, and the weight that has them."""
+    """Entries [begin, end) of a tensor's leading dimension.
 
-    slot: _core.TensorSlot
+    Attributes:
+        weight: What has them.
+        sink: Where they go.
+        coded: As codes and scales.
+        plain: Dtype of values that the core reads itself; None of others.
+        bytes: That they have once they are read.
+    """
+
     weight: Weight
+    sink: Sink
     coded: bool
+    plain: str | None
     begin: int
     end: int
+    bytes: int
 
 
-def pieces(slot: _core.TensorSlot, weight: Weight, *, coded: bool) -> Iterator[Piece]:
+def pieces(slot: _core.TensorSlot, weight: Weight, sink: Sink, *, coded: bool) -> Iterator[Piece]:
     """What a tensor is read in, in order."""
     entries = slot.shape[0]
-    step = max(1, PIECE_BYTES // max(1, entry_bytes(weight, coded=coded)))
+    plain = weight.dtype if weight.plain and not coded else None
+    most = PIECE_BYTES if plain is None else READ_BYTES
+    each = entry_bytes(weight, coded=coded)
+    step = max(1, most // max(1, each))
     if len(slot.shape) == 2 and step < entries:
         step = max(ROW_STEP, step // ROW_STEP * ROW_STEP)
     for begin in range(0, entries, step):
-        yield Piece(slot, weight, coded, begin, min(begin + step, entries))
+        end = min(begin + step, entries)
+        yield Piece(weight, sink, coded, plain, begin, end, (end - begin) * each)
 
 
 def readers(devices: Sequence[str], threads: int) -> int:
@@ -157,30 +194,32 @@ def readers(devices: Sequence[str], threads: int) -> int:
     return min(threads, 8) if set(devices) == {"cpu"} else threads
 
 
-def put_pieces(
-    todo: Iterable[Piece], put: Callable[[memoryview, str, Piece], None], workers: int
-) -> Iterator[int]:
-    """Read pieces and hand them to `put`, several at a time; yields the bytes of each that is done.
+def put_pieces(todo: Iterable[Piece], workers: int) -> Iterator[int]:
+    """Read pieces to where they go, several at a time; yields the bytes of each that is done.
 
     Raises:
         FormatError: A file cannot be read, or a tensor in it is broken.
     """
     local = threading.local()
-    opened: list[Shards] = []
+    mapped: list[Shards] = []
+    files = OpenFiles()
 
     def work(piece: Piece) -> int:
+        weight = piece.weight
+        if piece.plain is not None:
+            parts = files.parts(weight.extents(piece.begin, piece.end))
+            with _named(weight):
+                piece.sink.read(parts, piece.plain, piece.begin)
+            return piece.bytes
         if not hasattr(local, "shards"):  # a mapped file belongs to one thread
             local.shards = Shards()
-            opened.append(local.shards)
-        weight = piece.weight
+            mapped.append(local.shards)
         read = weight.read_coded if piece.coded else weight.read
         data = read(local.shards, piece.begin, piece.end)
-        try:
+        with _named(weight):
             dtype = "coded" if piece.coded else dtype_name(data)
-            put(data.view(torch.uint8).numpy().data, dtype, piece)
-        except FormatError as error:
-            raise FormatError(f"{weight.file}: {error}") from error
-        return data.nbytes
+            piece.sink.put(data.view(torch.uint8).numpy().data, dtype, piece.begin)
+        return piece.bytes
 
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -188,8 +227,18 @@ def put_pieces(
                 yield task.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            for shards in opened:
+            for shards in mapped:
                 shards.close()
+            files.close()
+
+
+@contextlib.contextmanager
+def _named(weight: Weight) -> Iterator[None]:
+    """Errors of the core name the file too."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{weight.file}: {error}") from error
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

@@ -188,12 +188,10 @@ def _packed(
     if not planned.sources:  # of a dummy
         packed.fill_random(loading.seed(slot.fqn))
         return packed
-    pieces = loading.pieces(slot, planned.sources[slot.fqn], coded=slot.fqn in planned.stored)
-
-    def put(data: memoryview, dtype: str, piece: loading.Piece) -> None:
-        packed.put(data, dtype, piece.begin)
-
-    for _ in loading.put_pieces(pieces, put, workers):
+    pieces = loading.pieces(
+        slot, planned.sources[slot.fqn], packed, coded=slot.fqn in planned.stored
+    )
+    for _ in loading.put_pieces(pieces, workers):
         pass
     return packed
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from qwen_moe.closing import Closing
 from qwen_moe.errors import FormatError
-from qwen_moe.weights import Weight
+from qwen_moe.weights import Extent, Weight
 
 WINDOW_BYTES = 16 << 20
 
@@ -55,17 +58,63 @@ class Shards(Closing):
         self._read = 0
 
 
+class OpenFiles(Closing):
+    """Files that any thread may read, by descriptor."""
+
+    def __init__(self) -> None:
+        """Nothing is open yet."""
+        self._lock = threading.Lock()
+        self._open: dict[Path, int] = {}
+
+    def descriptor(self, file: Path) -> int:
+        """Of a file, which stays open until `close`.
+
+        Raises:
+            FormatError: It cannot be opened.
+        """
+        with self._lock:
+            if file not in self._open:
+                try:
+                    self._open[file] = os.open(file, os.O_RDONLY)
+                except OSError as error:
+                    raise FormatError(f"{file}: {error}") from error
+            return self._open[file]
+
+    def parts(self, extents: list[Extent]) -> list[tuple[int, int, int]]:
+        """Descriptor, offset and size of each, as the core reads them."""
+        return [(self.descriptor(file), offset, size) for file, offset, size in extents]
+
+    def close(self) -> None:
+        """Close every file."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor(Weight):
     """One tensor of a shard file, and the weight that it is in an unquantized checkpoint.
 
-    `dtype` is bfloat16, float16 or float32, or what safetensors calls any other.
+    `dtype` is bfloat16, float16 or float32, or what the file calls any other. Its `size` bytes
+    begin at byte `offset` of the file.
     """
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int
+    size: int
+
+    @property
+    def plain(self) -> bool:
+        """Always."""
+        return True
+
+    def extents(self, begin: int, end: int) -> list[Extent]:
+        """One run."""
+        each = self.size // self.shape[0]
+        return [Extent(self.file, self.offset + begin * each, (end - begin) * each)]
 
     def describe(self) -> str:
         """Name, shape, dtype and file, for errors."""
@@ -80,21 +129,28 @@ class StoredTensor(Weight):
         return shards.read(self, slice(begin, end))
 
 
-def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor of a safetensors file.
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a safetensors file, by name.
 
     Raises:
         FormatError: The file is missing, truncated or corrupt.
     """
     try:
-        with safe_open(file, framework="pt") as opened:
-            header = {}
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                part = opened.get_slice(name)
-                dtype = part.get_dtype()
-                header[name] = (tuple(part.get_shape()), DTYPES.get(dtype, dtype))
-            return header
+        with safe_open(file, framework="pt"):  # which checks the header against the file's size
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
     except FileNotFoundError:
         raise FormatError(f"{file}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{file}: {error}") from error
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype = DTYPES.get(entry["dtype"], entry["dtype"])
+        found[name] = StoredTensor(
+            name, file, tuple(entry["shape"]), dtype, 8 + length + begin, end - begin
+        )
+    return found

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -32,6 +32,14 @@ class Codes:
 
     format: str
     group: int
+
+
+class Extent(NamedTuple):
+    """A run of bytes in a file."""
+
+    file: Path
+    offset: int
+    size: int
 
 
 class Weight(ABC):
@@ -54,6 +62,15 @@ class Weight(ABC):
     def codes(self) -> Codes | None:
         """What `read_coded` gives; None when only values can be had."""
         return None
+
+    @property
+    def plain(self) -> bool:
+        """The files hold the bytes that `read` gives, so that the core can read them itself."""
+        return False
+
+    def extents(self, begin: int, end: int) -> list[Extent]:
+        """Where entries [begin, end) of a plain weight lie, one run after the other."""
+        raise NotImplementedError(self.describe())
 
     @abstractmethod
     def describe(self) -> str:
@@ -212,6 +229,17 @@ class StackedExperts(Weight):
     def codes(self) -> Codes | None:
         """Those of the parts when all of them have some in one format."""
         return common_codes(list(self.leaves()))
+
+    @property
+    def plain(self) -> bool:
+        """Every part is, in one dtype."""
+        leaves = list(self.leaves())
+        return all(leaf.plain and leaf.dtype == leaves[0].dtype for leaf in leaves)
+
+    def extents(self, begin: int, end: int) -> list[Extent]:
+        """Those of the parts of experts [begin, end)."""
+        parts = self._parts_of(begin, end)
+        return [extent for part in parts for extent in part.extents(0, part.shape[0])]
 
     def leaves(self) -> Iterable[Weight]:
         """Every part of every expert, in order."""

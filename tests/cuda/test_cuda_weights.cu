@@ -2,14 +2,18 @@
 // cuda/tile.cuh.
 #include <cuda_fp16.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/pack.h"
@@ -204,21 +208,26 @@ Bytes bytes_as(DType dtype, const std::vector<float>& values) {
   return out;
 }
 
-TEST_F(CudaWeights, AreQuantizedToTheBytesOfTheHost) {
+TEST_F(CudaWeights, ArePackedToTheBytesOfTheHost) {
   const auto packer = make_cuda_packer(0, make_cpu_weight_home(2));
   EXPECT_EQ(packer->name(), host_->name());
   std::minstd_rand engine(3);
   std::normal_distribution<float> normal;
   std::vector<TensorSlot> slots;
-  for (WeightFormat format : {WeightFormat::int4, WeightFormat::int8}) {
-    for (int group : {32, 64, 128}) slots.push_back(matrix_slot(format, 37, 384, 3, group));
+  for (WeightFormat format : {WeightFormat::int4, WeightFormat::int8, WeightFormat::bf16}) {
+    if (is_quantized(format)) {
+      for (int group : {32, 64, 128}) slots.push_back(matrix_slot(format, 37, 384, 3, group));
+    } else {
+      for (int k : {8, 64, 328}) slots.push_back(matrix_slot(format, 37, k, 3));
+    }
     slots.push_back(matrix_slot(format, 1200, 4096));  // longer than a chunk
     slots.push_back(matrix_slot(format, 600, 4096, 3));
   }
   for (const TensorSlot& slot : slots) {
     for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-      // Usual weights; scales that are denormal in f16, and none at all; large ones; many ties.
-      for (float size : {0.02f, 1e-6f, 1e-9f, 0.0f, 6e3f, -1.0f}) {
+      // Usual weights; scales that are denormal in f16, weights that are in bf16, and none at all;
+      // large ones; many ties.
+      for (float size : {0.02f, 1e-6f, 1e-9f, 1e-39f, 0.0f, 6e3f, -1.0f}) {
         std::vector<float> values(static_cast<size_t>(num_elements(slot.shape)));
         for (float& v : values)
           v = size < 0 ? static_cast<float>(engine() % 15) - 7 : normal(engine) * size;
@@ -234,10 +243,51 @@ TEST_F(CudaWeights, AreQuantizedToTheBytesOfTheHost) {
   }
 }
 
+TEST_F(CudaWeights, MayLieInPartsOfFiles) {
+  const TensorSlot slot = matrix_slot(WeightFormat::int4, 600, 4096, 3);
+  const size_t rows = size_t{600} * 4096;
+  const Bytes source = bytes_as(DType::bf16, random_source(slot.shape, 11));
+  Bytes expected(slot.bytes());
+  host_->pack(expected.data(), slot, {source.data(), DType::bf16, slot.shape}, 0);
+  // The last matrix first, at an odd place; then the others, the second in two parts.
+  const auto file = std::shared_ptr<std::FILE>(std::tmpfile(), &std::fclose);
+  const size_t each = rows * 2, cut = 12345;
+  std::fputs("odd", file.get());
+  std::fwrite(source.data() + 2 * each, 1, each, file.get());
+  std::fwrite(source.data(), 1, 2 * each, file.get());
+  std::fflush(file.get());
+  const int descriptor = fileno(file.get());
+  const auto at = [&](size_t offset) { return static_cast<int64_t>(3 + offset); };
+  const FileParts files({{descriptor, at(each), each},
+                         {descriptor, at(2 * each), cut},
+                         {descriptor, at(2 * each + cut), each - cut},
+                         {descriptor, at(0), each}});
+  const auto stored = allocate(slot.bytes());
+  home_->pack(stored.get(), slot, slot.entries(files, DType::bf16), 0);
+  expect_same(slot, expected, read(stored.get(), slot.bytes()));
+  // A file that ends before is named, and the home goes on working.
+  ASSERT_EQ(ftruncate(descriptor, at(3 * each) - 1), 0);
+  try {
+    home_->pack(stored.get(), slot, slot.entries(files, DType::bf16), 0);
+    FAIL() << "a file that ends before was read";
+  } catch (const Format& error) {
+    EXPECT_NE(std::string(error.what()).find("/"), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find("ends within"), std::string::npos) << error.what();
+  }
+  home_->pack(stored.get(), slot, {source.data(), DType::bf16, slot.shape}, 0);
+  expect_same(slot, expected, read(stored.get(), slot.bytes()));
+}
+
 TEST_F(CudaWeights, RefuseWhatTheHostRefusesInItsWords) {
   const auto packer = make_cuda_packer(0, make_cpu_weight_home(2));
-  const TensorSlot slot = matrix_slot(WeightFormat::int4, 32, 128);
-  for (float wrong : {INFINITY, 1e6f}) {  // no weight, and one whose scale does not fit f16
+  // No weight, one whose scale does not fit f16, and one that bf16 rounds to infinity.
+  for (auto [format, wrong] :
+       {std::pair{WeightFormat::int4, INFINITY},
+        {WeightFormat::int4, 1e6f},
+        {WeightFormat::bf16, -INFINITY},
+        {WeightFormat::bf16, std::bit_cast<float>(0x7fffffffu)},  // rounds to zero
+        {WeightFormat::bf16, 3.4e38f}}) {
+    const TensorSlot slot = matrix_slot(format, 32, 128);
     std::vector<float> values(32 * 128, 0.5f);
     values[20 * 128 + 3] = wrong;
     const TensorView view{values.data(), DType::f32, slot.shape};

@@ -20,7 +20,7 @@ import torch
 
 from qwen_moe.errors import FormatError, InvalidArgument
 from qwen_moe.shards import Shards, StoredTensor
-from qwen_moe.weights import Composite, Levels, QuantizedMatrix, Weight
+from qwen_moe.weights import Composite, Extent, Levels, QuantizedMatrix, Weight
 
 _DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODED = {"Q8_0": "int8", "Q4_0": "int4"}
@@ -51,14 +51,10 @@ class Place:
     Attributes:
         stored: Name, file and shape; its dtype is the GGUF type where that is no plain one.
         kind: The GGUF type: F32, Q8_0, Q4_K, ...
-        offset: Of the first byte in the file.
-        size: In bytes.
     """
 
     stored: StoredTensor
     kind: str
-    offset: int
-    size: int
 
     def bytes(self, begin: int, end: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Entries [begin, end) of the leading dimension.
@@ -66,10 +62,9 @@ class Place:
         Raises:
             FormatError: The file cannot be read, or ends before.
         """
-        each = self.size // self.stored.shape[0]
-        count = (end - begin) * each
+        ((file, offset, count),) = self.stored.extents(begin, end)
         try:
-            data = np.fromfile(self.stored.file, np.uint8, count, offset=self.offset + begin * each)
+            data = np.fromfile(file, np.uint8, count, offset=offset)
         except OSError as error:
             raise FormatError(f"{self.stored.describe()}: {error}") from error
         if len(data) != count:
@@ -100,6 +95,15 @@ class GgufTensor(Composite):
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The one in the file."""
         return (self.place.stored,)
+
+    @property
+    def plain(self) -> bool:
+        """Where it is no blocks."""
+        return self.place.kind in _DENSE
+
+    def extents(self, begin: int, end: int) -> list[Extent]:
+        """One run."""
+        return self.place.stored.extents(begin, end)
 
     def read(self, shards: Shards, begin: int, end: int) -> torch.Tensor:
         """Values of entries [begin, end) of the leading dimension."""
@@ -233,6 +237,6 @@ def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, Place]]:
         kind = entry.tensor_type.name
         dtype = str(_DENSE[kind]).removeprefix("torch.") if kind in _DENSE else kind
         shape = tuple(int(size) for size in reversed(entry.shape))
-        stored = StoredTensor(entry.name, file, shape, dtype)
-        places[entry.name] = Place(stored, kind, int(entry.data_offset), int(entry.n_bytes))
+        begin, size = int(entry.data_offset), int(entry.n_bytes)
+        places[entry.name] = Place(StoredTensor(entry.name, file, shape, dtype, begin, size), kind)
     return fields, places

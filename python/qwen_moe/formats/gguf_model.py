@@ -20,7 +20,7 @@ from qwen_moe._core import ModelConfig
 from qwen_moe.errors import FormatError, InvalidArgument
 from qwen_moe.formats.gguf import Place, reshaped, tensor
 from qwen_moe.shards import Shards, StoredTensor
-from qwen_moe.weights import Codes, Weight, common_codes
+from qwen_moe.weights import Codes, Extent, Weight, common_codes
 
 ARCHITECTURE = "qwen35moe"
 
@@ -168,6 +168,20 @@ class GateUp(Weight):
     def codes(self) -> Codes | None:
         """What both have in common."""
         return common_codes([self.gate, self.up])
+
+    @property
+    def plain(self) -> bool:
+        """Both are, in one dtype."""
+        return self.gate.plain and self.up.plain and self.gate.dtype == self.up.dtype
+
+    def extents(self, begin: int, end: int) -> list[Extent]:
+        """Gate and up of one expert, then of the next."""
+        return [
+            extent
+            for expert in range(begin, end)
+            for part in (self.gate, self.up)
+            for extent in part.extents(expert, expert + 1)
+        ]
 
     def describe(self) -> str:
         """Both, for errors."""
