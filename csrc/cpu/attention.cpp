@@ -75,11 +75,12 @@ void CpuOps::append_kv(const AttentionArgs<float>& args, int row) {
 }
 
 // One page of `tokens` written tokens. Row r of the block sees those up to causal_from + its token.
-void CpuOps::attend_page(const AttentionArgs<float>& args, int page, int kv_head, int tokens,
+// `next` is the page and head that the worker comes to after this one.
+void CpuOps::attend_page(const AttentionArgs<float>& args, PageHead at, PageHead next, int tokens,
                          int causal_from, Attending& s, float* work) {
   int dim = c_.head_dim;
-  const std::byte* base = args.kv.data + page * args.kv.page_stride;
-  auto k_at = static_cast<size_t>(kv_head * kPageTokens * dim);
+  const std::byte* base = args.kv.data + at.page * args.kv.page_stride;
+  auto k_at = static_cast<size_t>(at.kv_head * kPageTokens * dim);
   size_t v_at = k_at + static_cast<size_t>(c_.num_key_value_heads * kPageTokens * dim);
   // Many rows are worth widening the page once; few read it as it is. The bits are the same.
   const auto* half = reinterpret_cast<const uint16_t*>(base);
@@ -92,9 +93,9 @@ void CpuOps::attend_page(const AttentionArgs<float>& args, int page, int kv_head
     keys = work;
     values = work + kPageTokens * dim;
   }
-  if (narrow)
+  if (narrow)  // the values come while the scores are computed
     k_.matmul_bt_bf16(s.scores, s.query, half + k_at, s.rows, tokens, dim, kPageTokens, dim, dim,
-                      false);
+                      false, half + v_at);
   else
     k_.matmul_bt(s.scores, s.query, keys, s.rows, tokens, dim, kPageTokens, dim, dim, false);
   for (int r = 0; r < s.rows; ++r) {
@@ -108,8 +109,11 @@ void CpuOps::attend_page(const AttentionArgs<float>& args, int page, int kv_head
     s.max[r] = top;
     k_.scale(s.out + r * dim, shrink, dim);
   }
-  if (narrow)
-    k_.matmul_bf16(s.out, s.scores, half + v_at, s.rows, dim, tokens, dim, kPageTokens, dim, true);
+  if (narrow)  // and the next keys while the values are summed
+    k_.matmul_bf16(
+        s.out, s.scores, half + v_at, s.rows, dim, tokens, dim, kPageTokens, dim, true,
+        reinterpret_cast<const uint16_t*>(args.kv.data + next.page * args.kv.page_stride) +
+            next.kv_head * kPageTokens * dim);
   else
     k_.matmul(s.out, s.scores, values, s.rows, dim, tokens, dim, kPageTokens, dim, true);
 }
@@ -127,7 +131,18 @@ void CpuOps::attention_step(const AttentionArgs<float>& args) {
            static_cast<int64_t>((row * kv_heads + kv_head) * max_splits_ + split) * group *
                (dim + 2);
   };
-  pool_.run(rows * kv_heads * splits, [&](int task, int worker) {
+  auto page_of = [&](int row, int position) {
+    return args.rows.pages[row * args.rows.pages_stride + position / kPageTokens];
+  };
+  int tasks = rows * kv_heads * splits;
+  // Where a task begins; the last one stands for those that there are not.
+  auto first_of = [&](int task) {
+    task = std::min(task, tasks - 1);
+    int row = task / splits / kv_heads, position = task % splits * kSplit;
+    if (position > args.rows.position[row]) position = 0;
+    return PageHead{page_of(row, position), task / splits % kv_heads};
+  };
+  pool_.run(tasks, [&](int task, int worker) {
     int split = task % splits, kv_head = task / splits % kv_heads, row = task / splits / kv_heads;
     int length = args.rows.position[row] + 1;
     if (split * kSplit >= length) return;
@@ -144,11 +159,12 @@ void CpuOps::attention_step(const AttentionArgs<float>& args) {
     std::fill_n(s.out, group * dim, 0.0f);
     std::fill_n(s.max, group, kNegInf);
     std::fill_n(s.sum, group, 0.0f);
-    const int32_t* pages = args.rows.pages + row * args.rows.pages_stride;
-    for (int from = split * kSplit; from < std::min((split + 1) * kSplit, length);
-         from += kPageTokens) {
+    int end = std::min((split + 1) * kSplit, length);
+    for (int from = split * kSplit; from < end; from += kPageTokens) {
       int tokens = std::min(kPageTokens, length - from);
-      attend_page(args, pages[from / kPageTokens], kv_head, tokens, kPageTokens, s, work);
+      PageHead next = from + kPageTokens < end ? PageHead{page_of(row, from + kPageTokens), kv_head}
+                                               : first_of(task + 1);
+      attend_page(args, {page_of(row, from), kv_head}, next, tokens, kPageTokens, s, work);
     }
   });
   // Merge the parts in order, divide, and gate.
@@ -206,9 +222,10 @@ void CpuOps::attention_prefill(const AttentionArgs<float>& args) {
     std::fill_n(out, s.rows * dim, 0.0f);
     std::fill_n(max, s.rows, kNegInf);
     std::fill_n(sum, s.rows, 0.0f);
-    for (int from = 0; from < length; from += kPageTokens)
-      attend_page(args, args.rows.pages[from / kPageTokens], kv_head,
-                  std::min(kPageTokens, length - from), first - from, s, work);
+    for (int from = 0; from < length; from += kPageTokens) {
+      PageHead at{args.rows.pages[from / kPageTokens], kv_head};
+      attend_page(args, at, at, std::min(kPageTokens, length - from), first - from, s, work);
+    }
     for (int r = 0; r < s.rows; ++r) {
       int row = begin + r / group, head = kv_head * group + r % group;
       k_.scale(out + r * dim, 1.0f / sum[r], dim);

@@ -57,11 +57,13 @@ struct Kernels {
                     int64_t lda, int64_t ldb, bool accumulate);
 
   // As matmul and matmul_bt with B in bf16, bit for bit what widening it first gives. Its rows have
-  // a multiple of 16 elements.
+  // a multiple of 16 elements. `next`, where it is not null, is another B of the same shape, which
+  // is fetched into L2 meanwhile.
   void (*matmul_bf16)(float* c, const float* a, const uint16_t* b, int m, int n, int k, int64_t ldc,
-                      int64_t lda, int64_t ldb, bool accumulate);
+                      int64_t lda, int64_t ldb, bool accumulate, const uint16_t* next);
   void (*matmul_bt_bf16)(float* c, const float* a, const uint16_t* b, int m, int n, int k,
-                         int64_t ldc, int64_t lda, int64_t ldb, bool accumulate);
+                         int64_t ldc, int64_t lda, int64_t ldb, bool accumulate,
+                         const uint16_t* next);
 
   float (*dot)(const float* a, const float* b, int n);
   void (*axpy)(float* y, float a, const float* x, int n);  // y += a * x

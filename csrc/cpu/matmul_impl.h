@@ -17,7 +17,16 @@ struct Product {
   int k;
   int64_t ldc, a_row, a_k, ldb;  // element (i, k) of A is at a[i * a_row + k * a_k]
   bool accumulate;
+  const T* next = nullptr;  // of the shape of B: fetched into L2 meanwhile
 };
+
+// Asks for what `next` has where B has `at`, once for every line of 64 bytes.
+template <class T>
+inline void fetch_next(const Product<T>& p, const T* at) {
+  const auto offset = at - p.b;
+  if (p.next && offset % static_cast<int>(64 / sizeof(T)) == 0)
+    __builtin_prefetch(p.next + offset, 0, 2);
+}
 
 inline F load_b(const float* p) { return load(p); }
 inline F load_b(const uint16_t* p) { return load_bf16(p); }
@@ -44,8 +53,10 @@ void product_block(const Product<T>& p, int64_t row, int64_t col, int lanes) {
   const T* b = p.b + col;
   for (int i = 0; i < p.k; ++i, a += p.a_k, b += p.ldb) {
     F bv[kCols];
-    for (int j = 0; j < kCols; ++j)
+    for (int j = 0; j < kCols; ++j) {
+      if constexpr (sizeof(T) == 2) fetch_next(p, b + j * kW);
       bv[j] = kTail && j == kCols - 1 ? load_b_n(b + j * kW, lanes) : load_b(b + j * kW);
+    }
     for (int r = 0; r < kRows; ++r) {
       const F av = set1(a[r * p.a_row]);
       for (int j = 0; j < kCols; ++j) acc[r][j] = fma(av, bv[j], acc[r][j]);
@@ -99,8 +110,8 @@ void matmul(float* c, const float* a, const float* b, int m, int n, int k, int64
 }
 
 void matmul_bf16(float* c, const float* a, const uint16_t* b, int m, int n, int k, int64_t ldc,
-                 int64_t lda, int64_t ldb, bool accumulate) {
-  product<uint16_t>({c, a, b, k, ldc, lda, 1, ldb, accumulate}, m, n);
+                 int64_t lda, int64_t ldb, bool accumulate, const uint16_t* next) {
+  product<uint16_t>({c, a, b, k, ldc, lda, 1, ldb, accumulate, next}, m, n);
 }
 
 void matmul_at(float* c, const float* a, const float* b, int m, int n, int k, int64_t ldc,
@@ -120,6 +131,7 @@ void dot_block(const Product<T>& p, int64_t row, int64_t col) {
     F av[kRows];
     for (int r = 0; r < kRows; ++r) av[r] = load_some(a + r * p.a_row + i, lanes);
     for (int j = 0; j < kCols; ++j) {
+      if constexpr (sizeof(T) == 2) fetch_next(p, b + j * p.ldb + i);
       const F bv = load_b_some(b + j * p.ldb + i, lanes);
       for (int r = 0; r < kRows; ++r) acc[r][j] = fma(av[r], bv, acc[r][j]);
     }
@@ -170,8 +182,8 @@ void matmul_bt(float* c, const float* a, const float* b, int m, int n, int k, in
 }
 
 void matmul_bt_bf16(float* c, const float* a, const uint16_t* b, int m, int n, int k, int64_t ldc,
-                    int64_t lda, int64_t ldb, bool accumulate) {
-  dots<uint16_t>({c, a, b, k, ldc, lda, 1, ldb, accumulate}, m, n);
+                    int64_t lda, int64_t ldb, bool accumulate, const uint16_t* next) {
+  dots<uint16_t>({c, a, b, k, ldc, lda, 1, ldb, accumulate, next}, m, n);
 }
 
 struct DeltaStep {

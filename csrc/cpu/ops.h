@@ -89,8 +89,11 @@ class CpuOps {
 
   // attention.cpp
   struct Attending;
+  struct PageHead {
+    int page, kv_head;
+  };
   void append_kv(const AttentionArgs<float>& args, int row);
-  void attend_page(const AttentionArgs<float>& args, int page, int kv_head, int tokens,
+  void attend_page(const AttentionArgs<float>& args, PageHead at, PageHead next, int tokens,
                    int causal_from, Attending& state, float* work);
 
   // moe.cpp

@@ -317,11 +317,13 @@ TEST_P(KernelsTest, ProductsWithBf16HaveTheBitsOfWidenedOnes) {
     for (bool accumulate : {false, true}) {
       Floats a(static_cast<size_t>(m * n), 0.5f), b = a;
       kernels_->matmul_bt(a.data(), query.data(), widened.data(), m, n, k, n, k, k, accumulate);
-      kernels_->matmul_bt_bf16(b.data(), query.data(), half.data(), m, n, k, n, k, k, accumulate);
+      kernels_->matmul_bt_bf16(b.data(), query.data(), half.data(), m, n, k, n, k, k, accumulate,
+                               half.data());
       EXPECT_EQ(a, b) << m;
       Floats c(static_cast<size_t>(m * k), 0.5f), d = c;
       kernels_->matmul(c.data(), scores.data(), widened.data(), m, k, n, k, n, k, accumulate);
-      kernels_->matmul_bf16(d.data(), scores.data(), half.data(), m, k, n, k, n, k, accumulate);
+      kernels_->matmul_bf16(d.data(), scores.data(), half.data(), m, k, n, k, n, k, accumulate,
+                            nullptr);
       EXPECT_EQ(c, d) << m;
     }
   }
