@@ -50,13 +50,6 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   return x;
 }
 
-// blockIdx.x as a value in a register; reading it is slow, and the compiler likes to read it again.
-__device__ __forceinline__ int block_index() {
-  int index;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
-  return index;
-}
-
 // 16 bytes from global to shared memory, past L1.
 __device__ __forceinline__ void copy_async_16(uint32_t to, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
