@@ -3,7 +3,7 @@
 #include <array>
 #include <utility>
 
-#include "cuda/launch.h"
+#include "cuda/runtime.h"
 
 namespace qwen_moe::cuda {
 
@@ -141,9 +141,11 @@ void Images::launch(cudaStream_t stream, const std::string& name, dim3 grid,
   config.blockDim = dim3(static_cast<unsigned>(loaded.image.warps) * 32);
   config.dynamicSmemBytes = static_cast<size_t>(loaded.image.shared);
   config.stream = stream;
-  LaunchAttributes attributes(loaded.image.overlaps);
-  config.attrs = attributes.list;
-  config.numAttrs = attributes.count;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = loaded.image.overlaps ? 1 : 0;
   check(cudaLaunchKernelExC(&config, loaded.kernel, addresses.data()), name.c_str());
 }
 

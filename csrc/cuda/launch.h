@@ -9,8 +9,9 @@
 
 namespace qwen_moe::cuda {
 
-// How a kernel is launched: beside its predecessor or behind it, and all with the same split of L1.
-// A kernel with another split waits until a multiprocessor is empty, and makes the next one wait.
+// How a kernel of a decode step is launched: beside its predecessor or behind it, and all with the
+// same split of L1. A kernel with another split waits until a multiprocessor is empty, and makes
+// the next one wait.
 struct LaunchAttributes {
   cudaLaunchAttribute list[2]{};
   unsigned count = 0;
