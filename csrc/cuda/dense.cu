@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kMaxInputs = 8192;     // 8 rows of them fit shared memory
 constexpr size_t kOwnShared = 1536;  // bytes of shared memory beside what a launch asks for
-constexpr int kRowsFused = 8;        // more rows than that take project_wide
+constexpr int kFewRows = 8;          // more rows than that take project_wide
 
 constexpr int kRowThreads = 1024;  // of a row that is looked at value by value
 
@@ -25,7 +25,7 @@ template <bool kOneRow, int kStages>
 __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ ProjectArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ Tile items[kMaxItems];
-  __shared__ float scales[kRowsFused];
+  __shared__ float scales[kFewRows];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   int first_row = kOneRow ? 0 : static_cast<int>(blockIdx.y) * args.rows_per_block;
   int rows = kOneRow ? 1 : min(args.rows_per_block, args.rows - first_row);
@@ -235,16 +235,16 @@ bool CudaOps::project_wide_rows(ProjectArgs& args, std::span<const WeightView* c
 void CudaOps::project_rows(ProjectArgs& args, std::span<const WeightView* const> views,
                            bool pairs) {
   if ((args.rows > 16 && project_wide_rows<4>(args, views, pairs)) ||
-      (args.rows > kRowsFused && project_wide_rows<2>(args, views, pairs)))
+      (args.rows > kFewRows && project_wide_rows<2>(args, views, pairs)))
     return;
   // As many rows a block as shared memory holds: each row block streams the weights again. With at
   // most half of it two blocks share a multiprocessor, and the next kernel starts early.
   auto all = static_cast<size_t>(device_.shared_bytes) - kOwnShared, half = all / 2 - kOwnShared;
-  bool twice = args.epilogue == Epilogue::logits && args.rows <= kRowsFused;
+  bool twice = args.epilogue == Epilogue::logits && args.rows <= kFewRows;
   int blocks = share_tiles(args, views, pairs, (twice ? 2 : 1) * device_.sms);
   int most = views.empty() ? (args.segment[0].tiles + blocks - 1) / blocks : args.items_stride - 1;
   auto launched = [&]<bool kOneRow, int kStages>(Project<kOneRow, kStages>, size_t limit) {
-    int rows = std::min(args.rows, kRowsFused), flush = flush_tiles_of(rows, most);
+    int rows = std::min(args.rows, kFewRows), flush = flush_tiles_of(rows, most);
     size_t bytes = shared_bytes(rows, args.k, flush, kStages);
     if (bytes > limit) return false;
     // Those that have a block for every multiprocessor.

@@ -16,11 +16,10 @@ constexpr int kFewStages = 5;
 // rows all at once, those of more a chunk ahead.
 enum class DownRows { one, few, many };
 
-// Grid (hidden / 16). A block owns 16 outputs of all rows, a warp whole entries, so that the
-// weighted sum in rank order, the shared expert and the residual end in the same block. Shared
-// memory: [weighted sums (picks + rows) x 16][rings][one row's activations of every warp, or plan]
-// [activations of few rows: picks, then rows of the shared expert]. For one row it keeps to half of
-// the registers, so that it starts beside the kernel before.
+// Grid (hidden / 16). A warp takes whole entries. Shared memory: [weighted sums (picks + rows) x
+// 16][rings][one row's activations of every warp, or plan] [activations of few rows: picks, then
+// rows of the shared expert]. For one row it keeps to half of the registers, so that it starts
+// beside the kernel before.
 template <int kPerLane, int kStages, DownRows kRows>
 __global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) void down_combine(
     const __grid_constant__ MoeArgs args) {

@@ -46,7 +46,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   int half = warp / kGateUpSlices;
 
   auto load_row = [&](int to, int row, int from_thread, int threads) {
-    const bf16* from = args.normed + static_cast<int64_t>(row) * m.k;
+    const bf16* from = args.weighed + static_cast<int64_t>(row) * m.k;
     for (int v = from_thread; v < m.k / 8; v += threads)
       copy_async_16(activations + to * pitch + v * 16, from + v * 8);
   };
@@ -207,7 +207,7 @@ void CudaOps::reserve_gate_up() {
 void CudaOps::routed_gate_up(const RoutedGateUpArgs<float, bf16>& args) {
   MoeArgs moe = moe_args(c_, args.layer, args.router, args.rows.rows);
   moe.slot = args.rows.slot;
-  moe.normed = weighed_.data();
+  moe.weighed = weighed_.data();
   moe.row_scale = row_scale_.data();
   moe.routed = args.routed;
   moe.plan = route_.data();

@@ -55,7 +55,7 @@ template <class Kernel>
 void allow_shared(Kernel* kernel, size_t bytes) {
   QWEN_MOE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      static_cast<int>(bytes)));
-  // Else the split of L1 may hold one block only, and the next kernel could not start early.
+  // What a launch asks for counts more, but older toolkits have no such attribute: see above.
   QWEN_MOE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                      cudaSharedmemCarveoutMaxShared));
 }

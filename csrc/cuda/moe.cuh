@@ -13,8 +13,8 @@ struct MoeArgs {
   const float* router;                // [rows, experts]
   const int32_t* slot;                // [rows]
   int rows, experts, top_k;
-  const bf16* normed;         // [rows, hidden] but for their scale
-  const float* row_scale;     // [rows]
+  const bf16* weighed;        // [rows, hidden], see norm.cuh
+  const float* row_scale;     // [rows] 1 / rms of them
   bf16* routed;               // [place, moe_intermediate]
   const bf16* shared;         // [rows, shared_intermediate]
   const float* shared_scale;  // [rows]
