@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/logits.cuh"
 #include "cuda/ops.h"
-#include "cuda/project_wide.cuh"
 
 namespace qwen_moe::cuda {
 namespace {
@@ -37,7 +37,8 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
   UnitRange slice = slice_units(args.k, warp, kWarps);
 
   int only_slot = kOneRow ? slot_of(args, 0) : 0;  // on its way while the tiles are listed
-  const TileList list(args, items, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+  const TileList list(args, args.items != nullptr, items, static_cast<int>(blockIdx.x),
+                      static_cast<int>(gridDim.x));
   int count = list.count;
   if (args.items) __syncthreads();
 
@@ -64,7 +65,8 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
       if (at >= most) break;
       TileList::Place place = list.place(begin + at / rows);
       int row = first_row + at % rows, slot = kOneRow ? only_slot : slot_of(args, row);
-      extra[r] = extra_of(args, place.segment, row, place.tile * 16 + own_output, slot);
+      extra[r] =
+          extra_of(args, args.epilogue, place.segment, row, place.tile * 16 + own_output, slot);
       if (!kOneRow && args.epilogue == Epilogue::conv) extra[r].settle();  // registers are short
     }
   };
@@ -121,8 +123,8 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
       int i = at / rows, row = at - i * rows;
       const float* from = partial + i * partial_floats;
       if (kOneRow && args.epilogue == Epilogue::conv) extra[r].settle();
-      finish_sums(args, list.place(begin + i), first_row, rows, row, own_output, from,
-                  from - partial_floats, scales[row], extra[r]);
+      finish_sums(args, args.epilogue, list.place(begin + i), first_row, rows, row, own_output,
+                  from, from - partial_floats, scales[row], extra[r]);
     }
   }
 }
@@ -154,6 +156,20 @@ __global__ void embed_rows(float* hidden, Matrix embed_tokens, const int32_t* to
 template <bool kOneRow, int kStages>
 struct Project {};
 
+using WideKernel = void (*)(ProjectArgs);
+
+template <int kTiles>
+WideKernel wide_kernel(Epilogue epilogue) {
+  switch (epilogue) {
+    case Epilogue::conv: return project_wide<kTiles, Epilogue::conv>;
+    case Epilogue::plain: return project_wide<kTiles, Epilogue::plain>;
+    case Epilogue::residual: return project_wide<kTiles, Epilogue::residual>;
+    case Epilogue::router: return project_wide<kTiles, Epilogue::router>;
+    case Epilogue::logits: return project_logits<kTiles>;
+  }
+  return nullptr;
+}
+
 // Tiles of a flush: an even number, so that a gate tile and its up tile stay together.
 int flush_tiles_of(int rows, int most) {
   return std::min(most, std::clamp(kRounds * kThreads / (16 * rows) / 2 * 2, 2, 8));
@@ -178,8 +194,11 @@ void CudaOps::reserve_dense() {
   allow_shared(project<true, 4>, limit - kOwnShared);
   allow_shared(project<false, 3>, limit - kOwnShared);
   allow_shared(project<false, 2>, limit - kOwnShared);
-  allow_shared(project_wide<2>, limit - kOwnShared);
-  allow_shared(project_wide<4>, limit - kOwnShared);
+  for (Epilogue epilogue :
+       {Epilogue::conv, Epilogue::plain, Epilogue::residual, Epilogue::router, Epilogue::logits}) {
+    allow_shared(wide_kernel<2>(epilogue), limit - kOwnShared);
+    allow_shared(wide_kernel<4>(epilogue), limit - kOwnShared);
+  }
   auto rows = static_cast<size_t>(max_rows_), hidden = static_cast<size_t>(c_.hidden_size);
   weighed_ = DeviceBuffer<bf16>(rows * hidden);
   squares_ = DeviceBuffer<float>(rows * hidden / 16);
@@ -219,16 +238,17 @@ bool CudaOps::project_wide_rows(ProjectArgs& args, std::span<const WeightView* c
                                 bool pairs) {
   int row_blocks = (args.rows + 8 * kTiles - 1) / (8 * kTiles);
   args.rows_per_block = (args.rows + row_blocks - 1) / row_blocks;
-  size_t bytes = wide_shared_bytes(args.rows_per_block, args.k);
-  if (bytes > static_cast<size_t>(device_.shared_bytes) - kOwnShared) return false;
+  auto limit = static_cast<size_t>(device_.shared_bytes) - kOwnShared;
+  bool logits = args.epilogue == Epilogue::logits;
+  size_t bytes = wide_shared_bytes<kTiles>(args.rows_per_block, args.k, !logits);
+  if (bytes > limit) return false;
   int tiles = 0;
   for (const WeightView* view : views) tiles += view->spec.tiles();
   // A list of tiles is at most kMaxItems long, and lists are balanced by bytes only.
   int blocks = std::max(device_.sms / row_blocks, std::min(device_.sms, tiles * 2 / kMaxItems));
-  args.flush_tiles = pairs ? 2 : 1;
-  dim3 grid(static_cast<unsigned>(share_tiles(args, views, pairs, blocks)),
+  dim3 grid(static_cast<unsigned>(logits ? blocks : share_tiles(args, views, pairs, blocks)),
             static_cast<unsigned>(row_blocks));
-  launch_(project_wide<kTiles>, grid, kWideThreads, bytes, args);
+  launch_(wide_kernel<kTiles>(args.epilogue), grid, kWideThreads, bytes, args);
   return true;
 }
 

@@ -6,21 +6,24 @@
 
 namespace qwen_moe::cuda {
 
-// The tiles of a block: listed in shared memory, or an even share of segment 0.
+// The tiles of a block: listed in shared memory, or an even share of segment 0. Kernels that know
+// which, and their epilogue, when they are compiled spare themselves the questions.
 struct TileList {
   struct Place {
     int segment, tile;
   };
   const ProjectArgs& args;
+  bool listed;
   const Tile* items;  // [kMaxItems] of the block
   uint32_t held;      // their address
   int first = 0, count = 0;
 
   // All threads of a block; a barrier is to follow.
-  __device__ __forceinline__ TileList(const ProjectArgs& args, Tile* items, int block, int blocks)
-      : args(args), items(items), held(held_address(items)) {
+  __device__ __forceinline__ TileList(const ProjectArgs& args, bool listed, Tile* items, int block,
+                                      int blocks)
+      : args(args), listed(listed), items(items), held(held_address(items)) {
     int thread = static_cast<int>(threadIdx.x);
-    if (args.items) {
+    if (listed) {
       const int32_t* from = args.items + block * args.items_stride;
       if (thread < args.items_stride - 1) {
         int item = __ldg(from + 1 + thread);
@@ -35,7 +38,7 @@ struct TileList {
     }
   }
   __device__ __forceinline__ Tile tile(int i) const {
-    if (args.items) {
+    if (listed) {
       uint4 item = load_shared_16(held + static_cast<uint32_t>(i) * sizeof(Tile));
       return *reinterpret_cast<const Tile*>(&item);
     }
@@ -43,7 +46,7 @@ struct TileList {
     return Tile(m, m.data + (first + i) * m.tile_bytes);
   }
   __device__ __forceinline__ Place place(int i) const {
-    if (!args.items) return Place{0, first + i};
+    if (!listed) return Place{0, first + i};
     return Place{items[i].place >> 14, items[i].place & 0x3fff};
   }
 };
@@ -58,14 +61,14 @@ struct Extra {
   __device__ __forceinline__ void settle() { a = fmaf(tap[2], c, fmaf(tap[1], b, tap[0] * a)); }
 };
 
-__device__ __forceinline__ Extra extra_of(const ProjectArgs& args, int segment, int row, int n,
-                                          int slot) {
+__device__ __forceinline__ Extra extra_of(const ProjectArgs& args, Epilogue epilogue, int segment,
+                                          int row, int n, int slot) {
   Extra extra;
   extra.slot = slot;
-  if (args.epilogue == Epilogue::residual) {
+  if (epilogue == Epilogue::residual) {
     extra.a = load_cg(args.out + row * args.out_stride + n);
     if (args.next.norm) extra.b = __ldg(args.next.norm + n);
-  } else if (args.epilogue == Epilogue::conv && segment == 0) {
+  } else if (epilogue == Epilogue::conv && segment == 0) {
     const float *taps = args.conv1d + n, *window = args.state.at(slot) + n;
 #pragma unroll
     for (int i = 0; i < 4; ++i) extra.tap[i] = __ldg(taps + i * args.n);
@@ -77,9 +80,9 @@ __device__ __forceinline__ Extra extra_of(const ProjectArgs& args, int segment, 
 }
 
 // Brings into L2 what `extra_of` will ask for and is not there yet.
-__device__ __forceinline__ void prefetch_extra(const ProjectArgs& args, int segment, int n,
-                                               int slot) {
-  if (args.epilogue != Epilogue::conv || segment != 0) return;
+__device__ __forceinline__ void prefetch_extra(const ProjectArgs& args, Epilogue epilogue,
+                                               int segment, int n, int slot) {
+  if (epilogue != Epilogue::conv || segment != 0) return;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     prefetch_l2(args.conv1d + i * args.n + n);
@@ -93,10 +96,11 @@ __device__ __forceinline__ int slot_of(const ProjectArgs& args, int row) {
 
 // `extra` is settled; `before` is the sum of the tile before this one in the block: the gate of an
 // up tile.
-__device__ __forceinline__ void finish_output(const ProjectArgs& args, int segment, int row, int n,
-                                              float sum, float before, const Extra& extra) {
+__device__ __forceinline__ void finish_output(const ProjectArgs& args, Epilogue epilogue,
+                                              int segment, int row, int n, float sum, float before,
+                                              const Extra& extra) {
   float* out = args.out + row * args.out_stride + args.offset[segment] + n;
-  switch (args.epilogue) {
+  switch (epilogue) {
     case Epilogue::plain: *out = sum; return;
     case Epilogue::residual: {
       float x = extra.a + sum;
@@ -129,19 +133,19 @@ __device__ __forceinline__ void finish_output(const ProjectArgs& args, int segme
   }
 }
 
-// Finishes one output of a tile from the partial sums of its slices; those of the tile before it in
-// the list are at `before`. `scale` is the row's.
-__device__ __forceinline__ void finish_sums(const ProjectArgs& args, TileList::Place place,
-                                            int first_row, int rows, int row, int output,
-                                            const float* partial, const float* before, float scale,
-                                            const Extra& extra) {
+// Finishes one output of a tile from the partial sums of its slices, of `rows` rows each; those of
+// the tile before it in the list are at `before`. `scale` is the row's.
+__device__ __forceinline__ void finish_sums(const ProjectArgs& args, Epilogue epilogue,
+                                            TileList::Place place, int first_row, int rows, int row,
+                                            int output, const float* partial, const float* before,
+                                            float scale, const Extra& extra) {
   int n = place.tile * 16 + output;
-  if (args.epilogue == Epilogue::router && place.segment == 2) return;  // by its up tile
-  if (n >= args.segment[place.segment].n) return;                       // padding of the last tile
+  if (epilogue == Epilogue::router && place.segment == 2) return;  // by its up tile
+  if (n >= args.segment[place.segment].n) return;                  // padding of the last tile
   float sum = __fmul_rn(scale, sum_slices(partial, rows, row, output)), gate = 0;
-  if (args.epilogue == Epilogue::router && place.segment == 3)
+  if (epilogue == Epilogue::router && place.segment == 3)
     gate = __fmul_rn(scale, sum_slices(before, rows, row, output));
-  finish_output(args, place.segment, first_row + row, n, sum, gate, extra);
+  finish_output(args, epilogue, place.segment, first_row + row, n, sum, gate, extra);
 }
 
 // The slice of up to 8 rows that a warp alone reads, into shared memory: through registers, since

@@ -14,43 +14,78 @@ inline constexpr int kGroups = 2;
 inline constexpr int kWideThreads = kGroups * kThreads;
 
 // Two sets of partial sums a group: a second tile of a flush has its own, else they take turns.
-inline size_t wide_shared_bytes(int rows, int k) {
+template <int kTiles>
+size_t wide_shared_bytes(int rows, int k, bool partial) {
   return static_cast<size_t>(rows) * static_cast<size_t>(activation_pitch(k)) +
-         static_cast<size_t>(kGroups * 2 * kWarps * rows * kPartialPitch * 4);
+         (partial ? static_cast<size_t>(kGroups * 2 * kWarps * 8 * kTiles * kPartialPitch * 4) : 0);
+}
+
+// The rows of a block into shared memory, and what their sums are multiplied by into `scales`. All
+// threads.
+__device__ __forceinline__ void load_wide_rows(const ProjectArgs& args, std::byte* activations,
+                                               int pitch, int first_row, int rows, float* scales) {
+  load_rows<kWideThreads>(activations, pitch, args.input + first_row * args.input_stride,
+                          args.input_stride, rows, args.k);
+  int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int row = static_cast<int>(threadIdx.x) / 32; row < rows; row += kWideThreads / 32) {
+    float scale = 1.0f;
+    if (args.squares) {
+      RowSquares squares;
+      squares.load(args.squares + (first_row + row) * (args.k / 16), args.k, lane);
+      scale = squares.scale(args.inverse_k, args.eps);
+    }
+    if (lane == 0) scales[row] = scale;
+    if (lane == 0 && args.row_scale && blockIdx.x == 0) args.row_scale[first_row + row] = scale;
+  }
+  __syncthreads();
+}
+
+// Where a lane reads its columns of the products; those beyond the last row take the last row
+// again.
+template <int kTiles>
+__device__ __forceinline__ void find_rows(uint32_t (&mine)[kTiles], const std::byte* activations,
+                                          int pitch, int rows, int lane) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+    mine[i] = held_address(activations + min(8 * i + lane / 4, rows - 1) * pitch + lane % 4 * 16);
 }
 
 // Grid (blocks, row blocks). Shared memory: activations [rows][pitch], partial sums [kGroups][2]
-// [kWarps][rows][kPartialPitch].
-template <int kTiles>
+// [kWarps][8 * kTiles][kPartialPitch].
+template <int kTiles, Epilogue kEpilogue>
 __global__ __launch_bounds__(kWideThreads,
                              1) void project_wide(const __grid_constant__ ProjectArgs args) {
-  constexpr int kRounds = 8 * kTiles * 16 / kThreads;  // outputs of a tile that a thread finishes
+  constexpr int kRows = 8 * kTiles, kTileFloats = kWarps * kRows * kPartialPitch;
+  constexpr int kRounds = kRows * 16 / kThreads;  // outputs of a tile that a thread finishes
+  constexpr bool kListed = kEpilogue != Epilogue::residual;      // one matrix
+  constexpr int kFlush = kEpilogue == Epilogue::router ? 2 : 1;  // tiles at once: gate and up
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ Tile items[kMaxItems];
-  __shared__ int slots[8 * kTiles];
-  __shared__ float scales[8 * kTiles];
+  __shared__ int slots[kRows];
+  __shared__ float scales[kRows];
   int group = static_cast<int>(threadIdx.x) / kThreads;
   int thread = static_cast<int>(threadIdx.x) % kThreads, warp = thread / 32, lane = thread % 32;
   int first_row = static_cast<int>(blockIdx.y) * args.rows_per_block;
   int rows = min(args.rows_per_block, args.rows - first_row);
-  int pitch = activation_pitch(args.k), tile_floats = kWarps * rows * kPartialPitch;
+  int pitch = activation_pitch(args.k);
   std::byte* activations = shared;
-  auto* partial = reinterpret_cast<float*>(shared + rows * pitch) + group * 2 * tile_floats;
+  auto* partial = reinterpret_cast<float*>(shared + rows * pitch) + group * 2 * kTileFloats;
   UnitRange slice = slice_units(args.k, warp, kWarps);
-  const TileList list(args, items, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
-  int count = list.count, flush = args.flush_tiles;
+  const TileList list(args, kListed, items, static_cast<int>(blockIdx.x),
+                      static_cast<int>(gridDim.x));
+  int count = list.count;
   if (thread < rows) slots[thread] = slot_of(args, first_row + thread);
   __syncthreads();
 
   TileCopy copy;
   HeldChunk chunk;
-  int next = slice.begin == slice.end ? count : group * flush;
+  int next = slice.begin == slice.end ? count : group * kFlush;
   auto find_next = [&] {
     chunk.next_bytes = 0;
     if (next >= count) return;
     if (copy.left == 0) copy.open(list.tile(next), slice, lane);
     copy.next_chunk(chunk, lane);
-    if (copy.left == 0 && (++next & (flush - 1)) == 0) next += (kGroups - 1) * flush;
+    if (copy.left == 0 && (++next & (kFlush - 1)) == 0) next += (kGroups - 1) * kFlush;
   };
   find_next();
   chunk.used(0, kChunkBytes / 512);  // all of it is free
@@ -68,36 +103,20 @@ __global__ __launch_bounds__(kWideThreads,
   };
   auto prefetch = [&](int tile) {
     for_outputs(tile, [&](int, int row, TileList::Place place, int n) {
-      prefetch_extra(args, place.segment, n, slots[row]);
+      prefetch_extra(args, kEpilogue, place.segment, n, slots[row]);
     });
   };
   if (group < count) prefetch(group);
   wait_for_predecessor();
   launch_dependents();
-  load_rows<kWideThreads>(activations, pitch, args.input + first_row * args.input_stride,
-                          args.input_stride, rows, args.k);
-  for (int row = static_cast<int>(threadIdx.x) / 32; row < rows; row += kGroups * kWarps) {
-    float scale = 1.0f;
-    if (args.squares) {
-      RowSquares squares;
-      squares.load(args.squares + (first_row + row) * (args.k / 16), args.k, lane);
-      scale = squares.scale(args.inverse_k, args.eps);
-    }
-    if (lane == 0) scales[row] = scale;
-    if (lane == 0 && args.row_scale && blockIdx.x == 0) args.row_scale[first_row + row] = scale;
-  }
-  __syncthreads();
-
-  // Columns of the products beyond the last row take the last row again; nobody reads them.
+  load_wide_rows(args, activations, pitch, first_row, rows, scales);
   uint32_t mine[kTiles];
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i)
-    mine[i] = held_address(activations + min(8 * i + lane / 4, rows - 1) * pitch + lane % 4 * 16);
+  find_rows<kTiles>(mine, activations, pitch, rows, lane);
   int set = 0;
 #pragma unroll 1
-  for (int begin = group * flush; begin < count; begin += kGroups * flush) {
-    int tiles = min(flush, count - begin);
-    if (begin >= kGroups * flush) prefetch(begin);
+  for (int begin = group * kFlush; begin < count; begin += kGroups * kFlush) {
+    int tiles = min(kFlush, count - begin);
+    if (begin >= kGroups * kFlush) prefetch(begin);
 #pragma unroll 1
     for (int t = 0; t < tiles; ++t) {
       TileSum<kTiles> sum;
@@ -113,22 +132,22 @@ __global__ __launch_bounds__(kWideThreads,
                   return load_shared_16(mine[i] + (unit + u) * 128 + half * 64);
                 });
       }
-      sum.store(partial + (set ^ t) * tile_floats + warp * rows * kPartialPitch, rows, lane);
+      sum.store(partial + (set ^ t) * kTileFloats + warp * kRows * kPartialPitch, kRows, lane);
     }
     Extra extra[kRounds];  // outputs of pairs of tiles need nothing
-    if (flush == 1)
+    if (kFlush == 1)
       for_outputs(begin, [&](int r, int row, TileList::Place place, int n) {
-        extra[r] = extra_of(args, place.segment, first_row + row, n, slots[row]);
+        extra[r] = extra_of(args, kEpilogue, place.segment, first_row + row, n, slots[row]);
       });
     group_barrier(1 + group, kThreads);
-    const float* from = partial + set * tile_floats;
+    const float* from = partial + set * kTileFloats;
     for (int t = 0; t < tiles; ++t)
       for_outputs(begin + t, [&](int r, int row, TileList::Place place, int) {
-        if (args.epilogue == Epilogue::conv) extra[r].settle();
-        finish_sums(args, place, first_row, rows, row, own_output, from + t * tile_floats, from,
-                    scales[row], extra[r]);
+        if (kEpilogue == Epilogue::conv) extra[r].settle();
+        finish_sums(args, kEpilogue, place, first_row, kRows, row, own_output,
+                    from + t * kTileFloats, from, scales[row], extra[r]);
       });
-    if (flush == 1)
+    if (kFlush == 1)
       set ^= 1;  // written again only after the next barrier
     else
       group_barrier(1 + group, kThreads);
