@@ -13,7 +13,8 @@ using RowState = Sampler::RowState;
 using Listed = Sampler::Listed;
 using Sum = unsigned long long;
 
-constexpr int kChunk = 2048, kSummarizeThreads = 256;
+constexpr int kChunk = 2048;  // tokens that a warp sums up
+constexpr int kSummarizeChunks = 8, kSummarizeThreads = 32 * kSummarizeChunks;  // of a block
 constexpr int kMaxChunks = 512;
 constexpr int kListThreads = 512, kSpan = 32 * kListThreads;  // a thread marks its 32 in one word
 constexpr int kListed = 16384;                                // candidates in a row's list

@@ -13,86 +13,96 @@ __device__ __forceinline__ bool drawn(const DrawRow& row) {
   return __ldcg(&row.slot) != 0 && __ldcg(&row.draw) != 0;
 }
 
-__global__ void __launch_bounds__(kSummarizeThreads)
+// What a warp finds in its chunk. A lane sees its tokens in rising order, so that the first of
+// equals stays.
+struct ChunkSearch {
+  float top = -INFINITY, zero = 0;
+  int at = -1;  // the token of `top`
+
+  __device__ __forceinline__ void add(float logit, int token) {
+    if (at < 0 || logit > top) {
+      top = logit;
+      at = token;
+    }
+    zero = fmaf(logit, 0.0f, zero);  // no longer 0 after what is not finite
+  }
+  // Calls visit(logit, token) for the lane's tokens of the chunk's `size`.
+  template <class Visit>
+  __device__ static __forceinline__ void each(const float* x, int begin, int size,
+                                              const Visit& visit) {
+    constexpr int kAhead = 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 1
+    for (int first = lane; first < size; first += 32 * kAhead) {
+      float logit[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (first + 32 * j < size) logit[j] = __ldcg(x + begin + first + 32 * j);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (first + 32 * j < size) visit(logit[j], begin + first + 32 * j);
+    }
+  }
+  __device__ __forceinline__ Sum best() const {
+    return warp_largest(at < 0 ? Sum{0} : Sum{order_key(top)} << 32 | ~static_cast<uint32_t>(at));
+  }
+};
+
+// A warp for every chunk.
+__global__ void __launch_bounds__(kSummarizeThreads, 4)
     summarize(const DrawRow* rows, const PenaltyEntry* penalties, const float* logits,
-              int64_t stride, int vocab, float* adjusted, ChunkSummary* summaries,
+              int64_t stride, int vocab, int chunks, float* adjusted, ChunkSummary* summaries,
               RowState* states) {
   wait_for_predecessor();
   launch_dependents();
-  constexpr int kEach = kChunk / kSummarizeThreads, kWarps = kSummarizeThreads / 32;
-  __shared__ float chunk[kChunk];
-  __shared__ Sum warp_best[kWarps];
-  __shared__ float warp_raw[kWarps];
   const int thread = static_cast<int>(threadIdx.x), r = static_cast<int>(blockIdx.y);
   const DrawRow& row = rows[r];
-  if (!drawn(row)) return;
+  const int slot = __ldcg(&row.slot), draw = __ldcg(&row.draw);
+  const int penalty_count = __ldcg(&row.penalty_count);
+  if (slot == 0 || draw == 0) return;
   if (blockIdx.x == 0 && thread == 0) states[r] = RowState{};
 
-  const int begin = static_cast<int>(blockIdx.x) * kChunk, size = min(kChunk, vocab - begin);
-  const float* x = logits + __ldcg(&row.slot) * stride + begin;
-  const int penalty_count = __ldcg(&row.penalty_count);
-  Sum best = 0;
-  float raw_max = -INFINITY;
-  bool finite = true;
-  auto consider = [&](float logit, int i) {
-    best = max(best, Sum{order_key(logit)} << 32 | ~static_cast<uint32_t>(begin + i));
-  };
-#pragma unroll
-  for (int j = 0; j < kEach; ++j) {
-    int i = thread + j * kSummarizeThreads;
-    if (i >= size) continue;
-    float logit = __ldcg(x + i);
-    // All exponent bits are set in what is not finite, and in nothing else.
-    finite = finite && (__float_as_uint(logit) << 1) < 0xff000000u;
-    raw_max = fmaxf(raw_max, logit);
-    if (penalty_count == 0)
-      consider(logit, i);
-    else
-      chunk[i] = logit;
-  }
+  const int first_chunk = static_cast<int>(blockIdx.x) * kSummarizeChunks;
+  const int chunk = first_chunk + thread / 32, begin = chunk * kChunk;
+  const int size = min(kChunk, vocab - begin);
+  const float* x = logits + slot * stride;
+  float* out = adjusted + static_cast<int64_t>(r) * vocab;
+  ChunkSearch raw, after;
+  ChunkSearch::each(x, begin, size, [&](float logit, int token) {
+    raw.add(logit, token);
+    if (penalty_count > 0) out[token] = logit;
+  });
 
   if (penalty_count > 0) {
     const PenaltyEntry* entries = penalties + __ldcg(&row.penalty_begin);
     const float factor = __ldcg(&row.repetition_penalty);
     const double presence = __ldcg(&row.presence_penalty);
     const double frequency = __ldcg(&row.frequency_penalty);
+    const int first = first_chunk * kChunk, end = min(first + kSummarizeChunks * kChunk, vocab);
     __syncthreads();
     // The entries name each token once, so that no two threads meet. Nothing is fused, as on the
     // host.
     for (int e = thread; e < penalty_count; e += kSummarizeThreads) {
-      int i = __ldcg(&entries[e].token) - begin;
-      if (i < 0 || i >= size) continue;
-      int in_reply = __ldcg(&entries[e].in_reply);
-      float logit = chunk[i];
+      const int token = __ldcg(&entries[e].token), in_reply = __ldcg(&entries[e].in_reply);
+      if (token < first || token >= end) continue;
+      float logit = out[token];
       if (__ldcg(&entries[e].in_timeline) > 0)
         logit = logit > 0 ? __fdiv_rn(logit, factor) : __fmul_rn(logit, factor);
       if (in_reply > 0) {
         double penalty = __dadd_rn(__dmul_rn(frequency, static_cast<double>(in_reply)), presence);
         logit = __fsub_rn(logit, __double2float_rn(penalty));
       }
-      chunk[i] = logit;
+      out[token] = logit;
     }
     __syncthreads();
-    float* out = adjusted + static_cast<int64_t>(r) * vocab + begin;
-    for (int i = thread; i < size; i += kSummarizeThreads) {
-      out[i] = chunk[i];
-      consider(chunk[i], i);
-    }
+    ChunkSearch::each(out, begin, size, [&](float logit, int token) { after.add(logit, token); });
   }
 
-  best = warp_largest(best);
-  raw_max = warp_max(raw_max);
-  if (thread % 32 == 0) {
-    warp_best[thread / 32] = best;
-    warp_raw[thread / 32] = raw_max;
-  }
-  finite = __syncthreads_and(finite);
-  if (thread > 0) return;
-  for (int w = 1; w < kWarps; ++w) {
-    best = max(best, warp_best[w]);
-    raw_max = fmaxf(raw_max, warp_raw[w]);
-  }
-  summaries[static_cast<int64_t>(r) * gridDim.x + blockIdx.x] = {best, raw_max, finite};
+  const Sum best = penalty_count > 0 ? after.best() : raw.best();
+  const float raw_max = warp_max(raw.top);
+  const bool finite = __all_sync(kAll, raw.zero == 0);
+  if (chunk < chunks && thread % 32 == 0)
+    summaries[static_cast<int64_t>(r) * chunks + chunk] = {best, raw_max, finite};
 }
 
 // Writes the k-th largest key to `out`. Complete after the next barrier.
@@ -415,8 +425,9 @@ void Sampler::launch(const Launcher& launcher, const DrawRow* rows, const Penalt
   };
   int token_bits = 0;
   while (1 << token_bits < vocab_size_) ++token_bits;
-  launcher(summarize, grid(chunks_), kSummarizeThreads, 0, rows, penalties, logits, stride,
-           vocab_size_, adjusted_.data(), summaries_.data(), states_.data());
+  launcher(summarize, grid((chunks_ + kSummarizeChunks - 1) / kSummarizeChunks), kSummarizeThreads,
+           0, rows, penalties, logits, stride, vocab_size_, chunks_, adjusted_.data(),
+           summaries_.data(), states_.data());
   launcher(list_candidates, grid((vocab_size_ + kSpan - 1) / kSpan), kListThreads, 0, rows, logits,
            stride, vocab_size_, adjusted_.data(), summaries_.data(), chunks_, states_.data(),
            list_.data(), raw_list_.data());
