@@ -1,8 +1,9 @@
 // What every phase of a decode step takes at the shapes of Qwen3.5-35B-A3B with random weights: one
 // op in a graph over all layers, so that its weights are cold, then the whole step and the draw.
 // Bytes are those that must move: weights of the experts that are taken, state both ways.
-//   bench_gpu_ops [--recipe int4|int8|int4_all|none] [--rows 1,2,8] [--context N] [--only OP]
-//                 [--json FILE]
+//   bench_gpu_ops [--recipe int4|int8|int4_all|none] [--rows 1,2,8] [--context N] [--others N]
+//                 [--only OP] [--json FILE]
+// The first row has `context` tokens, and so have the others where nothing else is said.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -77,11 +78,12 @@ struct Figure {
 
 class Bench {
  public:
-  Bench(Recipe recipe, int max_rows, int context, std::string only)
+  Bench(Recipe recipe, int max_rows, int context, int others, std::string only)
       : c_(config_35b()),
         only_(std::move(only)),
         max_rows_(max_rows),
         context_(context),
+        others_(others),
         pages_stride_((context + kPageTokens - 1) / kPageTokens),
         properties_(device_properties(0)),
         model_(c_, recipe, DType::bf16, "bench",
@@ -138,7 +140,7 @@ class Bench {
     std::vector<int32_t> token(rows), position(rows), slot(rows), page(pages - 1);
     for (size_t i = 0; i < rows; ++i) {
       token[i] = static_cast<int32_t>(i * 977 + 5);
-      position[i] = context - 1;
+      position[i] = (i == 0 ? context : others) - 1;
       slot[i] = static_cast<int32_t>(i + 1);
     }
     std::iota(page.begin(), page.end(), 1);
@@ -230,7 +232,8 @@ class Bench {
     time("in_proj, attention", rows, 10, 10, bytes_of({&full.q_proj, &full.k_proj, &full.v_proj}),
          over(kFull, in_proj));
     time("delta step", rows, 30, 30, n * 32 * 128 * 128 * 8, over(kDelta, delta_step));
-    time("attention", rows, 10, 10, n * context_ * c_.num_key_value_heads * 256 * 4,
+    double tokens = context_ + (n - 1) * others_;
+    time("attention", rows, 10, 10, tokens * c_.num_key_value_heads * 256 * 4,
          over(kFull, attention));
     time("out_proj", rows, 40, 40, bytes_of({&delta.out_proj}), every(out_proj));
     time("router and shared", rows, 40, 40,
@@ -369,7 +372,7 @@ class Bench {
 
   ModelConfig c_;
   std::string only_;  // measure the ops with this in their name
-  int max_rows_, context_;
+  int max_rows_, context_, others_;
   int64_t pages_stride_;
   DeviceProperties properties_;
   Stream stream_;
@@ -394,7 +397,7 @@ class Bench {
 int run(int argc, char** argv) {
   Recipe recipe = Recipe::int4;
   std::vector<int> rows{1, 2, 4, 8, 16, 32, 64};
-  int context = 512;
+  int context = 512, others = 0;
   const char* json = nullptr;
   std::string only;
   for (int i = 1; i < argc; i += 2) {
@@ -410,16 +413,21 @@ int run(int argc, char** argv) {
       for (std::string one; std::getline(list, one, ',');) rows.push_back(std::stoi(one));
     } else if (name == "--context") {
       context = std::stoi(value);
+    } else if (name == "--others") {
+      others = std::stoi(value);
     } else if (name == "--only") {
       only = value;
     } else if (name == "--json" && i + 1 < argc) {
       json = argv[i + 1];
     } else {
-      throw InvalidArgument(
-          concat("usage: ", argv[0], " [--recipe R] [--rows 1,2] [--context N] [--json FILE]"));
+      throw InvalidArgument(concat(
+          "usage: ", argv[0],
+          " [--recipe R] [--rows 1,2] [--context N] [--others N] [--only OP] [--json FILE]"));
     }
   }
-  Bench bench(recipe, *std::max_element(rows.begin(), rows.end()), context, only);
+  require(others <= context, "--others must be at most --context");
+  Bench bench(recipe, *std::max_element(rows.begin(), rows.end()), context,
+              others > 0 ? others : context, only);
   std::printf("plain read %.0f GB/s, context %d\n", bench.ceiling() * 1e-9, context);
   for (int r : rows) bench.measure(r);
   return !json || bench.write(json) ? 0 : 1;

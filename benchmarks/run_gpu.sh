@@ -163,6 +163,9 @@ for name in ${benches[@]+"${benches[@]}"}; do
   step "$name" "$build/package/$name"
 done
 measured "decode ops" "$build/package/bench_gpu_ops" --json "$results-ops-$date.json"
+# One long timeline among short ones: they share every attention kernel.
+measured "one long session" "$build/package/bench_gpu_ops" --rows 8,64 --context 32900 \
+  --others 600 --only attention
 measured "prefill kernels" python3 benchmarks/bench_prefill_kernels.py \
   --json "$results-prefill-$date.json"
 room=$(df --output=avail -B1G /dev/shm 2>/dev/null | tail -n 1 || echo 0)

@@ -1,78 +1,47 @@
 // Decode attention over paged KV: one token per row, in two kernels.
 //
-// `attend` gives every (row, KV head) a few blocks, each of which visits splits of the timeline
-// page by page with a running maximum and leaves unnormalised sums; `combine` merges the splits of
-// a row in order and applies the output gate. How a timeline is split depends on its own length
-// alone, so the bits of a row do not depend on the batch, nor on how many blocks share the splits.
-// What a block does with one page is in attention_page.cuh.
+// A block of `attend` visits splits of a row's timeline page by page with a running maximum and
+// leaves unnormalised sums; `combine` merges the splits of a row in order and applies the output
+// gate. Which splits a block takes is in attention_splits.cuh, what it does with one page in
+// attention_page.cuh.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
-#include "cuda/attention_page.cuh"
+#include "cuda/attention_merge.cuh"
 #include "cuda/ops.h"
 
 namespace qwen_moe::cuda {
 namespace {
 
-constexpr int kMaxSplits = 64;          // of a row; combine holds two per lane
-constexpr int kBlocksPerSm = 4;         // wanted of attend; two fit at a time
-constexpr int kPartial = kHeadDim + 4;  // floats of a split: sum of p * v, maximum, sum of p, pad
+constexpr int kBlocksPerSm = 2;  // of attend, at a time
 
-// The splits of a timeline: short ones get a block per page, long ones at most 64.
-struct Splits {
-  int pages, pages_per_split, count;
-};
-__host__ __device__ constexpr Splits splits_of(int length) {
-  int pages = (length + kPageTokens - 1) / kPageTokens;
-  int per_split = pages <= 32 ? 1 : pages <= 128 ? 2 : (pages + kMaxSplits - 1) / kMaxSplits;
-  return {pages, per_split, (pages + per_split - 1) / per_split};
-}
-
-// The most splits that a timeline of up to `length` tokens has.
-int most_splits(int length) {
-  int pages = (length + kPageTokens - 1) / kPageTokens;
-  return pages <= 64 ? std::min(pages, 32) : std::min((pages + 1) / 2, kMaxSplits);
-}
-
-struct StepParams {
-  const float* proj;
-  int64_t proj_stride;
-  bf16* core;
-  int64_t core_stride;
-  std::byte* kv;
-  int64_t page_stride;
-  const int32_t *position, *slot, *pages;
-  int64_t pages_stride;
-  const float *q_norm, *k_norm, *inverse_frequency;
-  float* partial;  // [rows, heads, most_splits, kPartial]
-  int heads, kv_heads, half_rotary, most_splits;
-  float eps;
-
-  __device__ float* split(int row, int head, int split) const {
-    return partial + ((static_cast<int64_t>(row) * heads + head) * most_splits + split) * kPartial;
-  }
-};
-
-// Block (x, KV head, row) takes splits x, x + gridDim.x, ... of the row, for the 1 to 8 * kTiles
-// query heads of the KV head. K and V of a page have a shared tile each; the next page's K is
-// loaded once the scores are there, its V once the products are.
+// A block takes its share of a row's splits, for the 1 to 8 * kTiles query heads of a KV head. K
+// and V of a page have a shared tile each; the next page's K is loaded once the scores are there,
+// its V once the products are.
 template <int kTiles>
 __global__ void __launch_bounds__(kThreads, 2) attend(const StepParams p) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& s = *reinterpret_cast<AttentionShared<kTiles>*>(shared_bytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, q = lane / 4, t = lane % 4;
-  const int row = blockIdx.z, kv_head = blockIdx.y, group = p.heads / p.kv_heads;
-  const int stride = gridDim.x;
-  int split = blockIdx.x;
-
-  const int position = load_cg(p.position + row), slot = load_cg(p.slot + row);
-  const Splits splits = splits_of(position + 1);
-  if (slot == 0 || split >= splits.count) {
-    wait_for_predecessor();
-    launch_dependents();
+  const int group = p.heads / p.kv_heads;
+  // One row's share is soon found.
+  const int kv_head = static_cast<int>(blockIdx.x) % p.kv_heads;
+  int4 share{0, static_cast<int>(blockIdx.x) / p.kv_heads, static_cast<int>(gridDim.x) / p.kv_heads,
+             0};
+  if (p.rows == 1) {
+    share.w = load_cg(p.position);
+    if (load_cg(p.slot) == 0 || share.y >= Splits(share.w + 1).count) share.x = -1;
+  } else {
+    share = __ldcg(p.shares + blockIdx.x);
+  }
+  const int row = share.x, first_split = share.y, stride = share.z, position = share.w;
+  if (row < 0) {
+    if (blockIdx.x == 0) wait_for_predecessor();  // one has to, so that no kernel overtakes it
     return;
   }
+  const Splits splits(position + 1);
   const int32_t* pages = p.pages + row * p.pages_stride;
   const int last_page = splits.pages - 1, place = position % kPageTokens;
   auto keys_of = [&](int number) {
@@ -82,12 +51,26 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const StepParams p) {
   const int64_t to_values = static_cast<int64_t>(p.kv_heads) * kPageTokens * kHeadDim;
   auto old_tokens = [&](int page) { return page == last_page ? place : kPageTokens; };
 
+  // The pages of this block, one after the other. The number of a page is asked for two pages
+  // ahead, so that no load waits for another.
+  struct Visit {
+    int split, page;
+  };
+  auto after = [&](Visit v) {
+    const bool same = v.page + 1 < splits.first_page(v.split + 1);
+    return same ? Visit{v.split, v.page + 1}
+                : Visit{v.split + stride, splits.first_page(v.split + stride)};
+  };
+  auto number_of = [&](Visit v) { return v.split < splits.count ? load_cg(pages + v.page) : 0; };
+
   // Earlier tokens were written by earlier steps, so they can be loaded before the wait.
-  int page = split * splits.pages_per_split;
-  const bf16* first_keys = keys_of(load_cg(pages + page));
-  load_page<false>(s.keys, first_keys, old_tokens(page));
-  load_page<true>(s.values, first_keys + to_values, old_tokens(page));
-  const bool appends = (splits.count - 1) % stride == split;  // the last page is this block's
+  Visit here{first_split, splits.first_page(first_split)};
+  const bf16* first_keys = keys_of(number_of(here));
+  load_page<false>(s.keys, first_keys, old_tokens(here.page));
+  load_page<true>(s.values, first_keys + to_values, old_tokens(here.page));
+  Visit next = after(here);
+  int next_number = number_of(next);
+  const bool appends = (splits.count - 1) % stride == first_split;  // the last page is this block's
   bf16* append_to =
       appends ? keys_of(load_cg(pages + last_page)) + static_cast<int64_t>(place) * kHeadDim
               : nullptr;
@@ -150,14 +133,13 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const StepParams p) {
   reset();
 
   while (true) {
-    const bool ends_split = page == last_page || page + 1 == (split + 1) * splits.pages_per_split;
-    const int next_split = ends_split ? split + stride : split;
-    const int next = ends_split ? next_split * splits.pages_per_split : page + 1;
-    const bool more = next_split < splits.count;
-    const bf16* next_keys = more ? keys_of(load_cg(pages + next)) : nullptr;
+    const bool more = next.split < splits.count, ends_split = next.split != here.split;
+    const bf16* next_keys = keys_of(next_number);
+    const Visit later = after(next);
+    const int later_number = number_of(later);
 
     copy_async_wait<1>();  // K; V may still be on its way
-    if (page == last_page && warp == 0)
+    if (here.page == last_page && warp == 0)
       *reinterpret_cast<uint4*>(&s.keys[place][lane * 8]) =
           *reinterpret_cast<const uint4*>(&s.new_key[lane * 8]);
     __syncthreads();
@@ -165,13 +147,13 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const StepParams p) {
     score_page(s);
     __syncthreads();  // K has been read, too
     if (more)
-      load_page<false>(s.keys, next_keys, old_tokens(next));
+      load_page<false>(s.keys, next_keys, old_tokens(next.page));
     else
       copy_async_commit();  // so that the groups keep their count
 
-    softmax_page(s, page == last_page ? place + 1 : kPageTokens, top, sum);
+    softmax_page(s, here.page == last_page ? place + 1 : kPageTokens, top, sum);
     copy_async_wait<1>();  // V; the next K may still be on its way
-    if (page == last_page && warp == 0)
+    if (here.page == last_page && warp == 0)
       *reinterpret_cast<uint4*>(&s.values[place][lane * 8]) =
           *reinterpret_cast<const uint4*>(&s.new_value[lane * 8]);
     __syncthreads();
@@ -185,72 +167,24 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const StepParams p) {
         for (int e = 0; e < 4; ++e) {
           const int g = n * kTile + 2 * t + e % 2;
           if (g >= group) continue;
-          float* to = p.split(row, kv_head * group + g, split) + warp * 32 + q + e / 2 * 8;
+          float* to = p.split(row, kv_head * group + g, here.split) + warp * 32 + q + e / 2 * 8;
           to[0] = out[0][n][e];
           to[16] = out[1][n][e];
         }
         const int g = n * kTile + warp;
         if (g < group && lane == 0)
-          *reinterpret_cast<float2*>(p.split(row, kv_head * group + g, split) + kHeadDim) = {
+          *reinterpret_cast<float2*>(p.split(row, kv_head * group + g, here.split) + kHeadDim) = {
               top[n], sum[n]};
       }
       reset();
     }
     if (!more) break;
     __syncthreads();  // V has been read
-    load_page<true>(s.values, next_keys + to_values, old_tokens(next));
-    split = next_split;
-    page = next;
+    load_page<true>(s.values, next_keys + to_values, old_tokens(next.page));
+    here = next;
+    next = later;
+    next_number = later_number;
   }
-}
-
-// Block (head, row), a thread per dimension: merges the row's splits, divides, and gates.
-__global__ void __launch_bounds__(kHeadDim) combine(const StepParams p) {
-  const int head = blockIdx.x, row = blockIdx.y, lane = threadIdx.x % 32;
-  const int slot = load_cg(p.slot + row);
-  const int splits = splits_of(load_cg(p.position + row) + 1).count;
-  bf16* core = p.core + row * p.core_stride + head * kHeadDim + threadIdx.x;
-  wait_for_predecessor();
-  launch_dependents();
-  if (slot == 0) {
-    *core = __float2bfloat16_rn(0.0f);
-    return;
-  }
-
-  // Every warp weighs all splits for itself: a lane holds splits lane and lane + 32.
-  float top[2] = {-INFINITY, -INFINITY}, sums[2] = {};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int split = 32 * i + lane;
-    if (split >= splits) continue;
-    float2 loaded = __ldcg(reinterpret_cast<const float2*>(p.split(row, head, split) + kHeadDim));
-    top[i] = loaded.x;
-    sums[i] = loaded.y;
-  }
-  const float gate = load_cg(p.proj + row * p.proj_stride +
-                             static_cast<int64_t>(2 * head + 1) * kHeadDim + threadIdx.x);
-  constexpr int kBatch = 8;  // loads in flight
-  float part[kBatch];
-  auto load_parts = [&](int first) {
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j)
-      part[j] = first + j < splits ? load_cg(p.split(row, head, first + j) + threadIdx.x) : 0.0f;
-  };
-  load_parts(0);
-  const float highest = warp_max(fmaxf(top[0], top[1]));
-  const float weight[2] = {__expf(top[0] - highest), __expf(top[1] - highest)};
-  float total = 0, sum = 0;
-  for (int first = 0; first < splits; first += kBatch) {
-    const bool second = first >= 32;
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const float w = __shfl_sync(0xffffffffu, second ? weight[1] : weight[0], (first + j) % 32);
-      total += w * part[j];
-      sum += w * __shfl_sync(0xffffffffu, second ? sums[1] : sums[0], (first + j) % 32);
-    }
-    if (first + kBatch < splits) load_parts(first + kBatch);
-  }
-  *core = __float2bfloat16_rn(total / sum * sigmoid(gate));
 }
 
 }  // namespace
@@ -274,10 +208,11 @@ void CudaOps::reserve_attention() {
 
   attention_partial_ = DeviceBuffer<float>(
       static_cast<size_t>(max_rows_) * static_cast<size_t>(c_.num_attention_heads) *
-      static_cast<size_t>(most_splits(max_context_)) * kPartial);
+      static_cast<size_t>(Splits(max_context_).count) * kPartial);
   // As the CPU backend computes them, so that the angles agree in every bit.
   std::vector<float> frequency(static_cast<size_t>(rotary / 2));
   for (int i = 0; i < rotary / 2; ++i) frequency[static_cast<size_t>(i)] = c_.inverse_frequency(i);
+  attention_shares_ = DeviceBuffer<int4>(attention_blocks(max_rows_));
   inverse_frequency_ = DeviceBuffer<float>(frequency.size());
   QWEN_MOE_CUDA(cudaMemcpy(inverse_frequency_.data(), frequency.data(), inverse_frequency_.bytes(),
                            cudaMemcpyHostToDevice));
@@ -286,16 +221,41 @@ void CudaOps::reserve_attention() {
   QWEN_MOE_CUDA(cudaStreamSynchronize(nullptr));
 }
 
+// As many blocks of attend as fit at a time, but at least one for every row and KV head.
+unsigned CudaOps::attention_blocks(int rows) const {
+  const int pairs = rows * c_.num_key_value_heads;
+  return static_cast<unsigned>(
+      std::clamp(kBlocksPerSm * device_.sms, pairs, pairs * Splits(max_context_).count));
+}
+
+void CudaOps::share_attention(const StepRows& rows) {
+  if (attention_shared_ || rows.rows == 1) return;
+  attention_shared_ = true;
+  const unsigned blocks = attention_blocks(rows.rows);
+  StepParams p{};
+  p.position = rows.position;
+  p.slot = rows.slot;
+  p.rows = rows.rows;
+  p.kv_heads = c_.num_key_value_heads;
+  p.shares = attention_shares_.data();
+  launch_(share_pages, dim3(1), kThreads, 0, p, static_cast<int>(blocks));
+}
+
 void CudaOps::attention_step(const AttentionArgs<float, bf16>& args) {
   const int rows = args.rows.rows;
   require(rows >= 1 && rows <= max_rows_, "a step has 1 to ", max_rows_, " rows, got ", rows);
   require(args.kv.dtype == DType::bf16, "the CUDA kernels keep KV in ", dtype_name(DType::bf16),
           ", got ", dtype_name(args.kv.dtype));
+  if (!attention_shared_ && rows > 1) {  // no in_proj came before: attend may not read ahead
+    share_attention(args.rows);
+    launch_.ordinary = 1;
+  }
   auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   require(aligned(args.proj) && args.proj_stride % 4 == 0 && aligned(args.kv.data) &&
               args.kv.page_stride % 16 == 0 && aligned(args.layer.q_norm) &&
               aligned(args.layer.k_norm),
           "rows of proj, KV pages, q_norm and k_norm must begin on multiples of 16 bytes");
+  const unsigned blocks = attention_blocks(rows);
   StepParams p{.proj = args.proj,
                .proj_stride = args.proj_stride,
                .core = args.core,
@@ -309,24 +269,31 @@ void CudaOps::attention_step(const AttentionArgs<float, bf16>& args) {
                .q_norm = args.layer.q_norm,
                .k_norm = args.layer.k_norm,
                .inverse_frequency = inverse_frequency_.data(),
+               .shares = attention_shares_.data(),
                .partial = attention_partial_.data(),
+               .rows = rows,
                .heads = c_.num_attention_heads,
                .kv_heads = c_.num_key_value_heads,
                .half_rotary = c_.rotary_dim() / 2,
-               .most_splits = most_splits(max_context_),
+               .most_splits = Splits(max_context_).count,
                .eps = static_cast<float>(c_.rms_norm_eps)};
-  // Many rows keep the device busy with fewer blocks each: most would find no split left, and a
-  // block that only starts and ends still takes its turn.
-  const int wanted = kBlocksPerSm * device_.sms, pairs = rows * p.kv_heads;
-  const int blocks = std::clamp((wanted + pairs - 1) / pairs, 1, p.most_splits);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.kv_heads),
-                  static_cast<unsigned>(rows));
   if (p.heads / p.kv_heads <= kTile)
-    launch_(attend<1>, grid, kThreads, sizeof(AttentionShared<1>), p);
+    launch_(attend<1>, dim3(blocks), kThreads, sizeof(AttentionShared<1>), p);
   else
-    launch_(attend<2>, grid, kThreads, sizeof(AttentionShared<2>), p);
-  launch_(combine, dim3(static_cast<unsigned>(p.heads), static_cast<unsigned>(rows)), kHeadDim, 0,
-          p);
+    launch_(attend<2>, dim3(blocks), kThreads, sizeof(AttentionShared<2>), p);
+  // The fewer heads, the more threads there are to spare for long timelines.
+  const int heads = rows * p.heads;
+  auto merge = [&]<int kGroups>(std::integral_constant<int, kGroups>) {
+    using M = Merge<kGroups>;
+    const int blocks = (heads + M::kHeads - 1) / M::kHeads * M::kParts;
+    launch_(combine<kGroups>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, p);
+  };
+  if (4 * heads <= device_.sms)
+    merge(std::integral_constant<int, 16>{});
+  else if (heads <= device_.sms)
+    merge(std::integral_constant<int, 4>{});
+  else
+    merge(std::integral_constant<int, 1>{});
 }
 
 }  // namespace qwen_moe::cuda

@@ -32,6 +32,7 @@ class CudaOps {
   void begin(const Launcher& launcher) {
     launch_ = launcher;
     weighed_for_ = {};
+    attention_shared_ = false;
   }
 
   void embed(const EmbedArgs<float>& args);                        // dense.cu
@@ -91,7 +92,12 @@ class CudaOps {
   // gate_up.cu: which expert takes which rows, for many rows.
   DeviceBuffer<std::byte> route_;
 
-  // attention.cu: partial results of every split, and the rotary frequencies.
+  // attention.cu: which block takes which splits of which row, found once a step, two launches
+  // before the first attention; partial results of every split, and the rotary frequencies.
+  unsigned attention_blocks(int rows) const;
+  void share_attention(const StepRows& rows);
+  bool attention_shared_ = false;
+  DeviceBuffer<int4> attention_shares_;
   DeviceBuffer<float> attention_partial_;
   DeviceBuffer<float> inverse_frequency_;  // [rotary_dim / 2]
 };

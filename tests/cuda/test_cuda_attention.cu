@@ -19,8 +19,9 @@ namespace {
 
 constexpr int kDim = 256;
 constexpr int kMaxRows = 64;
-constexpr int kMaxContext = 9001;
-constexpr int kPositions[] = {0, 1, 15, 62, 63, 64, 65, 127, 130, 511, 2047, 2100, 9000};
+constexpr int kMaxContext = 20001;
+// The last has splits of two and of three pages.
+constexpr int kPositions[] = {0, 1, 15, 62, 63, 64, 65, 127, 130, 511, 2047, 2100, 9000, 20000};
 constexpr uint16_t kPoison = 0xffff;  // a NaN
 constexpr int kPadding = -1;          // in a choice of rows
 constexpr int kGap = 256;             // elements of other layers that a page has before this one's
