@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import qwen_moe
+from gpu_rig import DEVICE, assert_close, bits, greedy, ids_of, open_engine, text_ids, walk
 from qwen_moe import bench
-from test_gpu import DEVICE, assert_close, bits, greedy, ids_of, open_engine, text_ids, walk
 
 pytestmark = pytest.mark.gpu
 
