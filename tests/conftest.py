@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,3 +53,17 @@ def recipe_engine(request: pytest.FixtureRequest) -> Iterator[object]:
         quantize=request.param, device="cpu", max_sessions=8, max_context=512
     ) as engine:
         yield engine
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the embedded checkpoint."""
+    from bundles import written
+
+    return written(tmp_path_factory.mktemp("bundle") / "int4")
+
+
+@pytest.fixture
+def packed(original: Path, tmp_path: Path) -> Path:
+    """A bundle that the test may damage."""
+    return Path(shutil.copytree(original, tmp_path / "int4"))
