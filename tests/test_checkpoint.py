@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import qwen_moe
 from qwen_moe import _core, loading, shards
 from qwen_moe.checkpoint import Checkpoint
 from qwen_moe.config import parse_config
+from qwen_moe.weights import Weight
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3_5MoeForCausalLM"],
@@ -445,6 +447,28 @@ def test_a_shard_that_is_cut_after_its_header_was_read_is_named(tmp_path: Path) 
     with last.open("r+b") as file:
         file.truncate(last.stat().st_size // 2)
     with pytest.raises(qwen_moe.FormatError, match=rf"{last}: the file ends within"):
+        loading.load(checkpoint, recipe="int4", devices=["cpu"], split=[], threads=2)
+
+
+@pytest.mark.parametrize("when", ["before loading", "once its tensors were found"])
+def test_a_shard_that_is_gone_since_it_was_opened_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    path = write(tmp_path / "gone", per_expert(random_tensors()), shards=3)
+    checkpoint = Checkpoint(path)
+    last = checkpoint.tensors["layers.1.mlp.experts.3.down_proj.weight"].file
+    if when == "before loading":
+        last.unlink()
+    else:
+        find = Checkpoint.sources
+
+        def sources(self: Checkpoint, slots: Iterable[_core.TensorSlot]) -> dict[str, Weight]:
+            found = find(self, slots)
+            last.unlink()
+            return found
+
+        monkeypatch.setattr(Checkpoint, "sources", sources)
+    with pytest.raises(qwen_moe.FormatError, match=re.escape(str(last))):
         loading.load(checkpoint, recipe="int4", devices=["cpu"], split=[], threads=2)
 
 

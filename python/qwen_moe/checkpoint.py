@@ -5,10 +5,11 @@ Opening one reads headers only. `loading.load` reads the weights.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,13 +165,18 @@ class Checkpoint:
         """Says which files these are: paths, sizes, modification times and the config.
 
         Engines of one process share weights when it is equal.
+
+        Raises:
+            FormatError: A file is gone since the checkpoint was opened.
         """
         if self.dummy:
             return f"dummy-{self.config.hash}-{self.dtype}"
         digest = hashlib.sha256(self.config.hash.encode())
-        for shard in self._shards:
-            status = shard.stat()
-            digest.update(f"\n{shard.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+        with self._still_readable():
+            for shard in self._shards:
+                status = shard.stat()
+                about = f"\n{shard.resolve()} {status.st_size} {status.st_mtime_ns}"
+                digest.update(about.encode())
         return digest.hexdigest()
 
     @property
@@ -179,18 +185,26 @@ class Checkpoint:
 
         A saved session names it, so a copied or moved checkpoint still opens it, and a bundle has
         that of its source.
+
+        Raises:
+            FormatError: A file is gone since the checkpoint was opened.
         """
         if self.dummy:
             return self.identity
         if self.bundle is not None:  # the same recipe gives the same bits
             return self.bundle.source
         digest = hashlib.sha256(self.config.hash.encode())
-        try:
+        with self._still_readable():
             for shard in self._shards:
                 _sample(shard, digest)
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def _still_readable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise FormatError(f"the checkpoint cannot be read any more: {error}") from error
-        return digest.hexdigest()
 
     def sources(self, slots: Iterable[_core.TensorSlot]) -> dict[str, Weight]:
         """Find every slot of the core among the weights; check names, shapes and dtypes.
