@@ -198,9 +198,7 @@ class CpuBackend : public Backend {
   }
 
   void check_generation(int slot, uint32_t generation) const {
-    require<Error>(generation_.at(static_cast<size_t>(slot)) == generation, "slot ", slot,
-                   " is at generation ", generation_[static_cast<size_t>(slot)],
-                   ", the step expects ", generation, "; nothing was written");
+    require_generation(slot, generation_.at(static_cast<size_t>(slot)), generation);
   }
 
   void forward(int rows, const int32_t* pages, int64_t pages_stride, Phase phase,

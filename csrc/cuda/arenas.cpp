@@ -60,9 +60,7 @@ LayerState Arenas::layer(int layer) const {
 }
 
 void Arenas::check_generation(int slot, uint32_t generation) const {
-  require<Error>(generation_.at(static_cast<size_t>(slot)) == generation, "slot ", slot,
-                 " is at generation ", generation_[static_cast<size_t>(slot)],
-                 ", the step expects ", generation, "; nothing was written");
+  require_generation(slot, generation_.at(static_cast<size_t>(slot)), generation);
 }
 
 Discovered Arenas::discover(Backend& backend, int slot, int page, const Handoff* input) {

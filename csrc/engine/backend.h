@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "base/error.h"
 #include "engine/kernel_image.h"
 #include "model/model.h"
 #include "model/sampling.h"
@@ -51,6 +52,12 @@ struct DecodeRow {
   int32_t token = 0;  // or kLastDrawn, where the backend says ahead()
   std::span<const int32_t> pages;
 };
+
+// A step names the generation of every slot it writes to; one that is over is refused.
+inline void require_generation(int slot, uint32_t is, uint32_t expected) {
+  require<Error>(is == expected, "slot ", slot, " is at generation ", is, ", the step expects ",
+                 expected, "; nothing was written");
+}
 
 struct ReserveOptions {
   int slots = 0;  // besides the sink
