@@ -363,6 +363,21 @@ def test_bench_reports_everything_that_makes_a_figure_mean_something(
     assert hashes[0] == hashes[1]
 
 
+def test_bench_takes_smaller_groups(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | {"hidden_size": 256}))
+    read = {}
+    for group in ("64", "32"):
+        out, _ = run(
+            capsys,
+            *("bench", "--config", str(tmp_path / "config.json"), "--threads", "1"),
+            *("--device", "cpu", "--batch", "1", "--prompt-tokens", "3", "--decode-tokens", "2"),
+            *("--repeat", "1", "--group", group, "--json", str(tmp_path / "a")),
+        )
+        assert f"quantize int4 in groups of {group} |" in out
+        read[group] = json.loads((tmp_path / "a").read_text())["weight_bytes_per_token"]
+    assert read["32"] > read["64"], "more scales to read"
+
+
 def test_bench_counts_the_tokens_that_were_computed_in_the_time(
     monkeypatch: pytest.MonkeyPatch, engine: qwen_moe.Engine
 ) -> None:

@@ -113,6 +113,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset", choices=sorted(PRESETS), help="a built-in config; weights are random"
     )
     parser.add_argument("--quantize", choices=("none", "int8", "int4", "int4-all"), default="int4")
+    parser.add_argument(
+        "--group", type=int, metavar="N", help="input features per scale: 32 (CPU), 64 or 128"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all CPUs")
     parser.add_argument(
@@ -154,6 +157,7 @@ def run(args: argparse.Namespace) -> None:
             "path": path,
             "device": args.device,
             "quantize": None if args.quantize == "none" else args.quantize,
+            "group": args.group,
             "threads": threads,
             "load_format": "dummy" if dummy else "auto",
         }
@@ -284,10 +288,9 @@ def _run(
 def decode_bytes(engine: Engine) -> int:
     """Bytes of weights that one token reads: of the experts only those that it is routed to."""
     config = engine.config
-    slots = _core.plan(config, engine.recipe, engine.dtype)
-    own_head = any(slot.fqn == "lm_head.weight" for slot in slots)
+    own_head = any(slot.fqn == "lm_head.weight" for slot in engine.slots)
     total = 0
-    for slot in slots:
+    for slot in engine.slots:
         if ".experts." in slot.fqn:
             total += slot.bytes * config.num_experts_per_tok // config.num_experts
         elif slot.fqn == "embed_tokens.weight" and own_head:
@@ -305,7 +308,7 @@ def table(report: dict[str, Any]) -> str:
         f"{report['device']}"
     )
     lines.append(
-        f"{report['model']} | quantize {report['quantize']} | prompt {report['prompt_tokens']} | "
+        f"{report['model']} | {bench_gpu.recipe_of(report)} | prompt {report['prompt_tokens']} | "
         f"decode {report['decode_tokens']} | median of {report['repeat']}"
     )
     lines.append(
@@ -343,6 +346,7 @@ def _head(args: argparse.Namespace, engine: Engine, threads: int) -> dict[str, A
         "config_hash": engine.config.hash,
         "device": ", ".join(engine.devices),
         "quantize": args.quantize,
+        "group": args.group,
         "prompt_tokens": args.prompt_tokens,
         "decode_tokens": args.decode_tokens,
         "repeat": args.repeat,

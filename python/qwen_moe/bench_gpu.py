@@ -256,12 +256,18 @@ def take_turns(
     into.add(ms, [low, high], drawn, timed=timed)
 
 
+def recipe_of(report: dict[str, Any]) -> str:
+    """How the weights of a report were packed."""
+    group = f" in groups of {report['group']}" if report["group"] else ""
+    return f"quantize {report['quantize']}{group}"
+
+
 def table(report: dict[str, Any]) -> str:
     """The report for people."""
     gpu = report["gpu"]
     lines = [
         f"{gpu.get('name', 'GPU')} | {report['device']} | {report['machine']['cpu']}",
-        f"{report['model']} | quantize {report['quantize']} | prompt {report['prompt_tokens']} | "
+        f"{report['model']} | {recipe_of(report)} | prompt {report['prompt_tokens']} | "
         f"decode {report['decode_tokens']} | median of {report['repeat']}",
         f"plain read {report['read_bandwidth'] / 1e9:.0f} GB/s | a token reads "
         f"{report['weight_bytes_per_token'] / 1e6:.1f} MB of weights | prefill "

@@ -57,6 +57,7 @@ class Engine(Closing):
         devices: Where the layers are, in order.
         quantize: None, "int8", "int4" or "int4-all".
         group: The most input features that share a scale, where a matrix is quantized.
+        slots: Every tensor that the model holds: name, format and bytes.
         kv_dtype: "bfloat16" or "float32": how keys and values of attention are kept.
         max_context: Tokens that one session holds at most.
         eos_token_ids: Ids that end a reply.
@@ -159,6 +160,7 @@ class Engine(Closing):
             progress=progress,
         )
         self.group = model.group
+        self.slots = model.slots
         self._core: _core.Engine | None = _core.Engine(
             model,
             max_sessions=max_sessions,
