@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "cuda/attention_merge.cuh"
-#include "cuda/ops.h"
 
 namespace qwen_moe::cuda {
 namespace {
@@ -26,17 +25,17 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const StepParams p) {
   auto& s = *reinterpret_cast<AttentionShared<kTiles>*>(shared_bytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, q = lane / 4, t = lane % 4;
   const int group = p.heads / p.kv_heads;
-  // One row's share is soon found.
   const int kv_head = static_cast<int>(blockIdx.x) % p.kv_heads;
-  int4 share{0, static_cast<int>(blockIdx.x) / p.kv_heads, static_cast<int>(gridDim.x) / p.kv_heads,
-             0};
-  if (p.rows == 1) {
-    share.w = load_cg(p.position);
-    if (load_cg(p.slot) == 0 || share.y >= Splits(share.w + 1).count) share.x = -1;
+  Share share{0, static_cast<int>(blockIdx.x) / p.kv_heads,
+              static_cast<int>(gridDim.x) / p.kv_heads, 0};
+  if (p.rows == 1) {  // its share is found at once, and spares it a kernel
+    share.position = load_cg(p.position);
+    if (load_cg(p.slot) == 0 || share.first >= Splits(share.position + 1).count) share.row = -1;
   } else {
-    share = __ldcg(p.shares + blockIdx.x);
+    const int4 from = __ldcg(reinterpret_cast<const int4*>(p.shares) + blockIdx.x);
+    share = {from.x, from.y, from.z, from.w};
   }
-  const int row = share.x, first_split = share.y, stride = share.z, position = share.w;
+  const auto [row, first_split, stride, position] = share;
   if (row < 0) {
     if (blockIdx.x == 0) wait_for_predecessor();  // one has to, so that no kernel overtakes it
     return;
@@ -212,7 +211,7 @@ void CudaOps::reserve_attention() {
   // As the CPU backend computes them, so that the angles agree in every bit.
   std::vector<float> frequency(static_cast<size_t>(rotary / 2));
   for (int i = 0; i < rotary / 2; ++i) frequency[static_cast<size_t>(i)] = c_.inverse_frequency(i);
-  attention_shares_ = DeviceBuffer<int4>(attention_blocks(max_rows_));
+  attention_shares_ = DeviceBuffer<Share>(attention_blocks(max_rows_));
   inverse_frequency_ = DeviceBuffer<float>(frequency.size());
   QWEN_MOE_CUDA(cudaMemcpy(inverse_frequency_.data(), frequency.data(), inverse_frequency_.bytes(),
                            cudaMemcpyHostToDevice));
@@ -228,9 +227,9 @@ unsigned CudaOps::attention_blocks(int rows) const {
       std::clamp(kBlocksPerSm * device_.sms, pairs, pairs * Splits(max_context_).count));
 }
 
-void CudaOps::share_attention(const StepRows& rows) {
-  if (attention_shared_ || rows.rows == 1) return;
-  attention_shared_ = true;
+bool CudaOps::share_pages_out(const StepRows& rows) {
+  if (pages_shared_out_ || rows.rows == 1) return false;
+  pages_shared_out_ = true;
   const unsigned blocks = attention_blocks(rows.rows);
   StepParams p{};
   p.position = rows.position;
@@ -239,6 +238,7 @@ void CudaOps::share_attention(const StepRows& rows) {
   p.kv_heads = c_.num_key_value_heads;
   p.shares = attention_shares_.data();
   launch_(share_pages, dim3(1), kThreads, 0, p, static_cast<int>(blocks));
+  return true;
 }
 
 void CudaOps::attention_step(const AttentionArgs<float, bf16>& args) {
@@ -246,10 +246,8 @@ void CudaOps::attention_step(const AttentionArgs<float, bf16>& args) {
   require(rows >= 1 && rows <= max_rows_, "a step has 1 to ", max_rows_, " rows, got ", rows);
   require(args.kv.dtype == DType::bf16, "the CUDA kernels keep KV in ", dtype_name(DType::bf16),
           ", got ", dtype_name(args.kv.dtype));
-  if (!attention_shared_ && rows > 1) {  // no in_proj came before: attend may not read ahead
-    share_attention(args.rows);
-    launch_.ordinary = 1;
-  }
+  // Where no in_proj came before, attend may not read ahead of what was just launched.
+  if (share_pages_out(args.rows)) launch_.ordinary = 1;
   auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   require(aligned(args.proj) && args.proj_stride % 4 == 0 && aligned(args.kv.data) &&
               args.kv.page_stride % 16 == 0 && aligned(args.layer.q_norm) &&

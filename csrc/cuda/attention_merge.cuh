@@ -7,7 +7,7 @@
 
 namespace qwen_moe::cuda {
 
-constexpr int kChunk = 8;  // splits that are added up at once
+constexpr int kSplitsAtOnce = 8;  // a chunk: they are added up together
 constexpr int kQuads = kHeadDim / 4;
 
 // A thread of combine has four dimensions. kGroups groups of threads share the chunks of a head,
@@ -25,7 +25,8 @@ template <int kGroups>
 __global__ void __launch_bounds__(kThreads) combine(const StepParams p) {
   using M = Merge<kGroups>;
   __shared__ float weight[M::kHeads][kMaxSplits];
-  __shared__ float4 sums[kGroups == 1 ? 1 : kMaxSplits / kChunk][M::kWidth];  // of the chunks
+  __shared__ float4
+      sums[kGroups == 1 ? 1 : kMaxSplits / kSplitsAtOnce][M::kWidth];  // of the chunks
   const int thread = threadIdx.x, lane = thread % 32, block = static_cast<int>(blockIdx.x);
   const int mine = thread / (M::kWidth * kGroups), group = thread / M::kWidth % kGroups;
   const int at = thread % M::kWidth, quad = block % M::kParts * M::kWidth + at;
@@ -35,10 +36,10 @@ __global__ void __launch_bounds__(kThreads) combine(const StepParams p) {
   wait_for_predecessor();
   launch_dependents();
 
-  float4 part[kChunk];
+  float4 part[kSplitsAtOnce];
   auto load_chunk = [&](int first) {
 #pragma unroll
-    for (int j = 0; j < kChunk; ++j)
+    for (int j = 0; j < kSplitsAtOnce; ++j)
       if (first + j < splits)
         part[j] = load_cg(reinterpret_cast<const float4*>(p.split(row, head, first + j)) + quad);
   };
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) combine(const StepParams p) {
         of[i] =
             __ldcg(reinterpret_cast<const float2*>(p.split(row, head, 32 * i + lane) + kHeadDim));
     }
-    load_chunk(group * kChunk);
+    load_chunk(group * kSplitsAtOnce);
     float highest = -INFINITY, total = 0;
 #pragma unroll
     for (int i = 0; i < kMaxSplits / 32; ++i) highest = fmaxf(highest, of[i].x);
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) combine(const StepParams p) {
     for (int i = 0; i < kMaxSplits / 32; ++i)
       if (32 * i < splits) weight[mine][32 * i + lane] = of[i].x * scale;
   } else {
-    load_chunk(group * kChunk);
+    load_chunk(group * kSplitsAtOnce);
   }
   float4 gate{}, sum{};
   if (group == 0 && slot != 0)
@@ -80,23 +81,23 @@ __global__ void __launch_bounds__(kThreads) combine(const StepParams p) {
           fmaf(scale, x.w, to.w)};
   };
 #pragma unroll 1
-  for (int first = group * kChunk; first < splits; first += kGroups * kChunk) {
-    if (first > group * kChunk) load_chunk(first);
+  for (int first = group * kSplitsAtOnce; first < splits; first += kGroups * kSplitsAtOnce) {
+    if (first > group * kSplitsAtOnce) load_chunk(first);
     float4 of_chunk{};
 #pragma unroll
-    for (int j = 0; j < kChunk; ++j)
+    for (int j = 0; j < kSplitsAtOnce; ++j)
       if (first + j < splits) add_scaled(of_chunk, weight[mine][first + j], part[j]);
     if constexpr (kGroups == 1)
       add_scaled(sum, 1.0f, of_chunk);
     else
-      sums[first / kChunk][at] = of_chunk;
+      sums[first / kSplitsAtOnce][at] = of_chunk;
   }
   if constexpr (kGroups > 1) {
     __syncthreads();
     if (group > 0) return;
 #pragma unroll 4
-    for (int first = 0; first < splits; first += kChunk)
-      add_scaled(sum, 1.0f, sums[first / kChunk][at]);
+    for (int first = 0; first < splits; first += kSplitsAtOnce)
+      add_scaled(sum, 1.0f, sums[first / kSplitsAtOnce][at]);
   }
   if (row >= p.rows) return;
   uint2 out{pack_bf16(sum.x * sigmoid(gate.x), sum.y * sigmoid(gate.y)),

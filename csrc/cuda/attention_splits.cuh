@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/attention_page.cuh"
+#include "cuda/ops.h"
 #include "engine/backend.h"
 
 namespace qwen_moe::cuda {
@@ -41,7 +42,7 @@ struct StepParams {
   const int32_t *position, *slot, *pages;
   int64_t pages_stride;
   const float *q_norm, *k_norm, *inverse_frequency;
-  int4* shares;    // of every block: row or -1; splits first, first + stride, ...; position
+  Share* shares;   // of every block, where there are several rows
   float* partial;  // [rows, heads, most_splits, kPartial]
   int rows, heads, kv_heads, half_rotary, most_splits;
   float eps;
@@ -107,8 +108,9 @@ __global__ void __launch_bounds__(kThreads) share_pages(const StepParams p, int 
     for (int step = kMaxRows / 2; step > 0; step /= 2)
       if (begin[row + step] <= index) row += step;
     const int first = index - begin[row];
-    p.shares[block] = first < count[row] ? make_int4(row, first, count[row], position[row])
-                                         : make_int4(-1, 0, 0, 0);
+    Share share{-1, 0, 0, 0};
+    if (first < count[row]) share = {row, first, count[row], position[row]};
+    p.shares[block] = share;
   }
 }
 

@@ -289,7 +289,7 @@ void CudaOps::embed(const EmbedArgs<float>& args) {
 
 void CudaOps::norm_in_proj(const NormInProjArgs<float>& args) {
   const LayerWeights& w = args.layer;
-  share_attention(args.rows);
+  share_pages_out(args.rows);
   ProjectArgs p;
   p.rows = args.rows.rows;
   take_normed(p, args.hidden, w.input_layernorm);

@@ -23,6 +23,11 @@ using bf16 = __nv_bfloat16;
 struct ProjectArgs;
 struct Weighed;
 
+// What a block of attention takes: splits first, first + stride, ... of a row at `position`.
+struct alignas(16) Share {
+  int row, first, stride, position;  // row -1: nothing
+};
+
 class CudaOps {
  public:
   using Act = float;
@@ -32,7 +37,7 @@ class CudaOps {
   void begin(const Launcher& launcher) {
     launch_ = launcher;
     weighed_for_ = {};
-    attention_shared_ = false;
+    pages_shared_out_ = false;
   }
 
   void embed(const EmbedArgs<float>& args);                        // dense.cu
@@ -95,9 +100,9 @@ class CudaOps {
   // attention.cu: which block takes which splits of which row, found once a step, two launches
   // before the first attention; partial results of every split, and the rotary frequencies.
   unsigned attention_blocks(int rows) const;
-  void share_attention(const StepRows& rows);
-  bool attention_shared_ = false;
-  DeviceBuffer<int4> attention_shares_;
+  bool share_pages_out(const StepRows& rows);  // whether it was still to be done
+  bool pages_shared_out_ = false;
+  DeviceBuffer<Share> attention_shares_;
   DeviceBuffer<float> attention_partial_;
   DeviceBuffer<float> inverse_frequency_;  // [rotary_dim / 2]
 };

@@ -170,19 +170,4 @@ __device__ __forceinline__ void load_slice(std::byte* to, int pitch, const bf16*
   }
 }
 
-// bf16 rows into shared memory, one after the other `pitch` bytes apart; all of a block's threads.
-template <int kBlockThreads>
-__device__ __forceinline__ void load_rows(std::byte* to, int pitch, const bf16* from,
-                                          int64_t stride, int rows, int k) {
-  int vectors = k / 8;  // of 16 bytes in a row
-  // Threads of a row: two short rows come side by side.
-  int side = 2 * vectors <= kBlockThreads ? kBlockThreads / 2 : kBlockThreads;
-  int thread = static_cast<int>(threadIdx.x), second = thread >= side;
-  for (int row = second; row < rows; row += kBlockThreads == side ? 1 : 2)
-    for (int at = thread - second * side; at < vectors; at += side)
-      copy_async_16(to + row * pitch + at * 16, from + row * stride + at * 8);
-  copy_async_commit();
-  copy_async_wait<0>();
-}
-
 }  // namespace qwen_moe::cuda

@@ -20,12 +20,26 @@ size_t wide_shared_bytes(int rows, int k, bool partial) {
          (partial ? static_cast<size_t>(kGroups * 2 * kWarps * 8 * kTiles * kPartialPitch * 4) : 0);
 }
 
+// bf16 rows into shared memory, one after the other `pitch` bytes apart; all of a block's threads.
+__device__ __forceinline__ void load_rows(std::byte* to, int pitch, const bf16* from,
+                                          int64_t stride, int rows, int k) {
+  int vectors = k / 8;  // of 16 bytes in a row
+  // Threads of a row: two short rows come side by side.
+  int side = 2 * vectors <= kWideThreads ? kWideThreads / 2 : kWideThreads;
+  int thread = static_cast<int>(threadIdx.x), second = thread >= side;
+  for (int row = second; row < rows; row += kWideThreads == side ? 1 : 2)
+    for (int at = thread - second * side; at < vectors; at += side)
+      copy_async_16(to + row * pitch + at * 16, from + row * stride + at * 8);
+  copy_async_commit();
+  copy_async_wait<0>();
+}
+
 // The rows of a block into shared memory, and what their sums are multiplied by into `scales`. All
 // threads.
 __device__ __forceinline__ void load_wide_rows(const ProjectArgs& args, std::byte* activations,
                                                int pitch, int first_row, int rows, float* scales) {
-  load_rows<kWideThreads>(activations, pitch, args.input + first_row * args.input_stride,
-                          args.input_stride, rows, args.k);
+  load_rows(activations, pitch, args.input + first_row * args.input_stride, args.input_stride, rows,
+            args.k);
   int lane = static_cast<int>(threadIdx.x) % 32;
   for (int row = static_cast<int>(threadIdx.x) / 32; row < rows; row += kWideThreads / 32) {
     float scale = 1.0f;

@@ -172,7 +172,7 @@ class Checkpoint:
         if self.dummy:
             return f"dummy-{self.config.hash}-{self.dtype}"
         digest = hashlib.sha256(self.config.hash.encode())
-        with self._still_readable():
+        with _still_readable():
             for shard in self._shards:
                 status = shard.stat()
                 about = f"\n{shard.resolve()} {status.st_size} {status.st_mtime_ns}"
@@ -194,17 +194,10 @@ class Checkpoint:
         if self.bundle is not None:  # the same recipe gives the same bits
             return self.bundle.source
         digest = hashlib.sha256(self.config.hash.encode())
-        with self._still_readable():
+        with _still_readable():
             for shard in self._shards:
                 _sample(shard, digest)
         return digest.hexdigest()
-
-    @contextlib.contextmanager
-    def _still_readable(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise FormatError(f"the checkpoint cannot be read any more: {error}") from error
 
     def sources(self, slots: Iterable[_core.TensorSlot]) -> dict[str, Weight]:
         """Find every slot of the core among the weights; check names, shapes and dtypes.
@@ -361,6 +354,14 @@ def _config_dtype(raw: dict[str, Any], file: Path) -> str:
             f"{file}: dtype is {dtype!r}; this engine runs {', '.join(DTYPE_BYTES)}"
         )
     return str(dtype)
+
+
+@contextlib.contextmanager
+def _still_readable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FormatError(f"the checkpoint cannot be read any more: {error}") from error
 
 
 def _sample(file: Path, digest: hashlib._Hash, pieces: int = 64, piece_bytes: int = 4096) -> None:
