@@ -70,9 +70,14 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
       if (!kOneRow && args.epilogue == Epilogue::conv) extra[r].settle();  // registers are short
     }
   };
-  load_extra(0);  // before the weights, which it would queue behind
+  // With one row or two the next kernel is let in before the last has ended: its start takes longer
+  // than this one's products. Then the residual stream may still be written.
+  bool early = kOneRow || args.rows <= kEarlyRows;
+  bool late_extra = early && args.epilogue == Epilogue::residual;
+  if (!late_extra) load_extra(0);  // before the weights, which it would queue behind
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) feed(i);
+  if (early) launch_dependents();
   zero_ends(activations, args.k, rows);
 
   // Columns of the products beyond the last row take the last row again; nobody reads them.
@@ -92,15 +97,14 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
     __syncthreads();
   else
     __syncwarp();
-  launch_dependents();  // not while this block's warps wait for their rows: it takes issue slots
+  // Not while this block's warps wait for their rows: it takes issue slots.
+  if (!early) launch_dependents();
 
   int stage = 0;
   for (int begin = 0; begin < count; begin += args.flush_tiles) {
     int tiles = min(args.flush_tiles, count - begin);
-    if (begin > 0) {
-      load_extra(begin);
-      __syncthreads();  // `partial` has been read
-    }
+    if (begin > 0 || late_extra) load_extra(begin);
+    if (begin > 0) __syncthreads();  // `partial` has been read
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
       TileSum<1> sum;

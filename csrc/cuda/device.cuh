@@ -11,10 +11,12 @@ namespace qwen_moe::cuda {
 using bf16 = __nv_bfloat16;
 
 // Programmatic dependent launch. Every kernel launched through `launch` below calls wait() once in
-// every thread, before it touches anything that an earlier kernel writes and before it writes
-// anything; what comes before it (weights, tables, state of earlier steps) overlaps the kernel
-// before. After wait() it calls launch_dependents(), so that when kernel n + 1 starts, kernel n - 1
-// is complete.
+// every thread, before it touches anything that an earlier kernel of the layer writes and before it
+// writes anything; what comes before it (weights, tables, state of earlier steps) overlaps the
+// kernel before. launch_dependents() lets the next kernel start: mostly called after wait(), so
+// that when kernel n + 1 starts, kernel n - 1 is complete and may be read before wait(). The
+// kernels that call it earlier, for kEarlyRows, are followed by some that do not read anything so
+// early.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -25,6 +27,8 @@ __device__ __forceinline__ void launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+inline constexpr int kEarlyRows = 2;
 
 // What an earlier kernel wrote is read with these: never through the read-only path, and past L1,
 // so that nothing stale is met.

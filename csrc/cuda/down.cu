@@ -33,6 +33,8 @@ __global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) vo
   std::byte* tail = rings + kDownWarps * kStages * kStageBytes;
   Routing routing{.plan = RoutePlan(tail, picks), .one_row = kOneRow};
 
+  RouterKeys<kPerLane> keys;
+  if (kOneRow && warp == 0) keys.load(args.router, args.experts, lane);
   // What the end needs is older than the last phase, and so are the router's logits and the plan of
   // more than 8 rows: there the weights are on their way before the experts' activations are made.
   constexpr int kMostRows = kOneRow ? 1 : kRows == DownRows::few ? kEntryRows : qwen_moe::kMaxRows;
@@ -53,14 +55,14 @@ __global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) vo
   auto wait = [&] {
     if (waited) return;
     wait_for_predecessor();
-    launch_dependents();
+    if (!kOneRow) launch_dependents();
     waited = true;
   };
   // Few rows' activations are asked for before weights, which they would queue behind.
   std::byte* few = tail + plan_bytes(picks);
   int pitch = activation_pitch(args.down.k), shared_pitch = activation_pitch(args.shared_down.k);
   if constexpr (kOneRow) {
-    find_picks<kPerLane>(routing, args, args.top_k, true, warp, lane);
+    find_picks(routing, args, keys, args.top_k, true, warp, lane);
   } else {
     if (args.rows <= kEntryRows) wait();  // the plan is gate/up's
     copy_plan(args, tail);
@@ -118,6 +120,8 @@ __global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) vo
     copy_async_wait<kStages>();
     __syncthreads();
   }
+
+  if (kOneRow) launch_dependents();  // early, as its start takes longer than these products
 
   int stage = 0, q = lane / 4, t = lane % 4;
   // The shared expert's activations are as old as the router's logits, the others' are new.

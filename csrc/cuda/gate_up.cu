@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kGateUpSlices = kWarps / 2;  // of each of the two tiles of a pair
 constexpr int kRouteThreads = 1024;
+constexpr int kOneRowStages = 4, kFewStages = 3;
 
 template <int kPerLane>
 __global__ __launch_bounds__(kRouteThreads) void route(const __grid_constant__ MoeArgs args) {
@@ -25,9 +26,10 @@ __global__ __launch_bounds__(kRouteThreads) void route(const __grid_constant__ M
 // its warps do the gates, half the ups. Shared memory: [activations][partial sums of two pairs]
 // [rings][plan and scratch]. Activations are of all rows where there are up to 8, else of one
 // entry's rows.
-template <int kPerLane, int kStages>
+template <int kPerLane, bool kOneRow>
 __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ MoeArgs args,
                                                        int act_rows) {
+  constexpr int kStages = kOneRow ? kOneRowStages : kFewStages;
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ float scales[kMaxRows];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -39,9 +41,8 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   std::byte* rings = reinterpret_cast<std::byte*>(partial + 2 * pair_floats);
   std::byte* ring = rings + warp * kStages * kStageBytes;
   std::byte* tail = rings + kWarps * kStages * kStageBytes;
-  bool one_row = args.rows == 1;
-  Routing routing{.plan = RoutePlan(tail, picks), .one_row = one_row};
-  bool all_rows = args.rows <= kEntryRows;  // in shared memory
+  Routing routing{.plan = RoutePlan(tail, picks), .one_row = kOneRow};
+  bool all_rows = kOneRow || args.rows <= kEntryRows;  // in shared memory
   UnitRange slice = slice_units(m.k, warp % kGateUpSlices, kGateUpSlices);
   int half = warp / kGateUpSlices;
 
@@ -64,15 +65,17 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   int last_rank = (share.end - 1) / pairs;
   zero_ends(activations, m.k, act_rows);
   wait_for_predecessor();
-  if (one_row) launch_dependents();
+  RouterKeys<kPerLane> keys;
+  if (kOneRow && warp == 0) keys.load(args.router, args.experts, lane);
+  if (kOneRow) launch_dependents();
   float scale_of_row = thread < args.rows ? load_cg(args.row_scale + thread) : 0.0f;
   auto load_all_rows = [&] {
     for (int row = 0; row < args.rows; ++row) load_row(row, row, thread, kThreads);
     copy_async_commit();
   };
-  if (one_row) {
+  if constexpr (kOneRow) {
     load_all_rows();
-    find_picks<kPerLane>(routing, args, last_rank + 1, false, warp, lane);
+    find_picks(routing, args, keys, last_rank + 1, false, warp, lane);
   } else {
     if (all_rows) {
       make_plan<kPerLane>(routing, args, tail, load_all_rows);
@@ -85,7 +88,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   }
   if (thread < args.rows) scales[thread] = scale_of_row;
 
-  if (!one_row) share = share_of(routing.entries);
+  if (!kOneRow) share = share_of(routing.entries);
   int begin = share.begin, end = routing.entries == 0 ? begin : share.end;
   int index = begin / pairs, pair = begin - index * pairs;
 
@@ -110,7 +113,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   for (int i = 0; i < kStages; ++i) feed(i);
   copy_async_wait<kStages>();  // the rows
   __syncthreads();
-  if (!one_row) launch_dependents();  // it would take issue slots from the making of the plan
+  if (!kOneRow) launch_dependents();  // it would take issue slots from the making of the plan
 
   int current = -1, stage = 0;
   RouteEntry entry{0, 0, 0};
@@ -123,7 +126,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
       // A column of the products is a pick of the entry; beyond the last, the last again.
       int column = min(lane / 4, entry.count - 1);
       if (all_rows) {
-        column = one_row ? 0 : routing.pick_of(entry.first + column) / args.top_k;
+        column = kOneRow ? 0 : routing.pick_of(entry.first + column) / args.top_k;
       } else {
         __syncthreads();  // the rows before have been read
         for (int i = warp; i < entry.count; i += kWarps)
@@ -145,7 +148,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
     __syncthreads();
     if (int row = thread / 16; row < entry.count) {
       int output = thread % 16;
-      float scale = scales[one_row ? 0 : routing.pick_of(entry.first + row) / args.top_k];
+      float scale = scales[kOneRow ? 0 : routing.pick_of(entry.first + row) / args.top_k];
       float gate = scale * sum_slices<kGateUpSlices>(sums, entry.count, row, output);
       float up =
           scale * sum_slices<kGateUpSlices>(sums + kGateUpSlices * entry.count * kPartialPitch,
@@ -177,16 +180,17 @@ void launch_gate_up(const Launcher& launch, const MoeArgs& args, int sms, size_t
   // Of several rows, two blocks a multiprocessor hide each other's barriers and changes of rows.
   dim3 grid(static_cast<unsigned>(std::min(args.rows > 1 ? 2 * sms : sms, most)));
   if (args.rows == 1)
-    launch(gate_up<kPerLane, 4>, grid, kThreads, std::max(bytes(4), alone), args, act_rows);
+    launch(gate_up<kPerLane, true>, grid, kThreads, std::max(bytes(kOneRowStages), alone), args,
+           act_rows);
   else
-    launch(gate_up<kPerLane, 3>, grid, kThreads, bytes(3), args, act_rows);
+    launch(gate_up<kPerLane, false>, grid, kThreads, bytes(kFewStages), args, act_rows);
 }
 
 template <int kPerLane>
 void allow(size_t limit) {
   allow_shared(route<kPerLane>, limit);
-  allow_shared(gate_up<kPerLane, 4>, limit);
-  allow_shared(gate_up<kPerLane, 3>, limit);
+  allow_shared(gate_up<kPerLane, true>, limit);
+  allow_shared(gate_up<kPerLane, false>, limit);
 }
 
 }  // namespace

@@ -43,16 +43,15 @@ struct Routing {
 
 __host__ __device__ constexpr size_t round_up_16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// One row's routing, by one warp for its block: all of them at it would take each other's issue
-// slots, and those of the kernel before. All threads of a block.
+// One row's routing, by the first warp for its block, which has loaded the keys: all of them at it
+// would take each other's issue slots, and those of the kernel before. All threads of a block.
 template <int kPerLane>
-__device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args, int ranks,
-                                           bool weigh, int warp, int lane) {
+__device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args,
+                                           RouterKeys<kPerLane>& keys, int ranks, bool weigh,
+                                           int warp, int lane) {
   __shared__ Pick picks[32];
   int slot = load_cg(args.slot);
   if (warp == 0) {
-    RouterKeys<kPerLane> keys;
-    keys.load(args.router, args.experts, lane);
     keys.order();
     picks[lane] = pick_experts(keys, ranks, weigh, lane);
   }

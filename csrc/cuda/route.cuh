@@ -73,40 +73,67 @@ struct RouterKeys {
   }
 };
 
+// The largest of a lane's keys.
+template <int kPerLane>
+__device__ __forceinline__ uint32_t largest_key(const RouterKeys<kPerLane>& keys) {
+  uint32_t best[kPerLane];
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) best[j] = keys.key[j];
+#pragma unroll
+  for (int level = 1; level <= 4; ++level)
+#pragma unroll
+    for (int j = 0; j < kPerLane / 2; ++j)
+      if (j < kPerLane >> level) best[j] = max(best[j], best[j + (kPerLane >> level)]);
+  return best[0];
+}
+
 // The `ranks` likeliest experts of a row, ties to the lowest index, and with `weigh` their softmax
 // renormalised to sum 1. All lanes of a warp; experts <= 32 * kPerLane.
+//
+// The largest keys are found one after the other, by value, and only then who holds them: every
+// lane looks for that of its rank. Where two keys are alike, one after the other by place.
 template <int kPerLane>
 __device__ __forceinline__ Pick pick_experts(RouterKeys<kPerLane>& keys, int ranks, bool weigh,
                                              int lane) {
   Pick mine{0, 0.0f};
-  uint32_t own = 0, top = 0;
+  uint32_t own = 0, top = 0, least = 0;  // own: the key of the lane's rank
+  RouterKeys<kPerLane> left = keys;
 #pragma unroll 1
   for (int rank = 0; rank < ranks; ++rank) {
-    uint32_t best[kPerLane];
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) best[j] = keys.key[j];
-#pragma unroll
-    for (int level = 1; level <= 4; ++level)
-#pragma unroll
-      for (int j = 0; j < kPerLane / 2; ++j)
-        if (j < kPerLane >> level) best[j] = max(best[j], best[j + (kPerLane >> level)]);
-    uint32_t most = __reduce_max_sync(0xffffffffu, best[0]);
-    uint32_t candidate = ~0u;
-#pragma unroll
-    for (int j = kPerLane - 1; j >= 0; --j)
-      if (keys.key[j] == most) candidate = static_cast<uint32_t>(j * 32 + lane);
-    uint32_t holders = __ballot_sync(0xffffffffu, best[0] == most);
-    int holder = __ffs(static_cast<int>(holders)) - 1;
-    if ((holders & (holders - 1)) != 0)  // a tie of lanes
-      holder = static_cast<int>(__reduce_min_sync(0xffffffffu, candidate) % 32);
-    uint32_t expert = __shfl_sync(0xffffffffu, candidate, holder);
+    least = __reduce_max_sync(0xffffffffu, largest_key(left));
+    if (rank == 0) top = least;
+    if (lane == rank) own = least;
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j)
-      if (lane == holder && candidate == static_cast<uint32_t>(j * 32 + lane)) keys.key[j] = 0;
-    if (rank == 0) top = most;
-    if (lane == rank) {
-      mine.expert = static_cast<int>(expert);
-      own = most;
+      if (left.key[j] == least) left.key[j] = 0;
+  }
+  unsigned chosen = 0;  // bit j: the lane's key j is among them
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) chosen |= keys.key[j] >= least ? 1u << j : 0u;
+  if (__reduce_add_sync(0xffffffffu, __popc(chosen)) == static_cast<unsigned>(ranks)) {
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      unsigned holders = __ballot_sync(0xffffffffu, chosen >> j & 1);
+      for (; holders; holders &= holders - 1) {
+        int holder = __ffs(static_cast<int>(holders)) - 1;
+        uint32_t key = __shfl_sync(0xffffffffu, keys.key[j], holder);
+        if (lane < ranks && own == key) mine.expert = j * 32 + holder;
+      }
+    }
+  } else {
+    for (int rank = 0; rank < ranks; ++rank) {
+      uint32_t most = __reduce_max_sync(0xffffffffu, largest_key(keys)), candidate = ~0u;
+#pragma unroll
+      for (int j = kPerLane - 1; j >= 0; --j)
+        if (keys.key[j] == most) candidate = static_cast<uint32_t>(j * 32 + lane);
+      uint32_t expert = __reduce_min_sync(0xffffffffu, candidate);
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j)
+        if (expert == static_cast<uint32_t>(j * 32 + lane)) keys.key[j] = 0;
+      if (lane == rank) {
+        mine.expert = static_cast<int>(expert);
+        own = most;
+      }
     }
   }
   if (!weigh) return mine;
