@@ -82,8 +82,9 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const StepParams p) {
   if (appends && warp == 0) new_weight.load(p.k_norm);
   __syncthreads();  // the angles are there
 
+  if (p.rows == 1) launch_dependents();
   wait_for_predecessor();
-  launch_dependents();
+  if (p.rows > 1) launch_dependents();
 
   // Query heads, one warp each; then warp 0 takes the new key and warp 1 the new value. All loads
   // come first.

@@ -33,8 +33,9 @@ __global__ void __launch_bounds__(kThreads) combine(const StepParams p) {
   const int pair = block / M::kParts * M::kHeads + mine, row = pair / p.heads;
   const int head = pair % p.heads, slot = row < p.rows ? load_cg(p.slot + row) : 0;
   const int splits = slot == 0 ? 0 : Splits(load_cg(p.position + row) + 1).count;
+  if (p.rows == 1) launch_dependents();
   wait_for_predecessor();
-  launch_dependents();
+  if (p.rows > 1) launch_dependents();
 
   float4 part[kSplitsAtOnce];
   auto load_chunk = [&](int first) {

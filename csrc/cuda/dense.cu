@@ -70,14 +70,12 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
       if (!kOneRow && args.epilogue == Epilogue::conv) extra[r].settle();  // registers are short
     }
   };
-  // With one row or two the next kernel is let in before the last has ended: its start takes longer
-  // than this one's products. Then the residual stream may still be written.
-  bool early = kOneRow || args.rows <= kEarlyRows;
-  bool late_extra = early && args.epilogue == Epilogue::residual;
+  // The kernels of one row start so early that the residual stream may still be written.
+  bool late_extra = kOneRow && args.epilogue == Epilogue::residual;
   if (!late_extra) load_extra(0);  // before the weights, which it would queue behind
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) feed(i);
-  if (early) launch_dependents();
+  if (kOneRow) launch_dependents();
   zero_ends(activations, args.k, rows);
 
   // Columns of the products beyond the last row take the last row again; nobody reads them.
@@ -98,7 +96,7 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
   else
     __syncwarp();
   // Not while this block's warps wait for their rows: it takes issue slots.
-  if (!early) launch_dependents();
+  if (!kOneRow) launch_dependents();
 
   int stage = 0;
   for (int begin = 0; begin < count; begin += args.flush_tiles) {

@@ -14,9 +14,9 @@ using bf16 = __nv_bfloat16;
 // every thread, before it touches anything that an earlier kernel of the layer writes and before it
 // writes anything; what comes before it (weights, tables, state of earlier steps) overlaps the
 // kernel before. launch_dependents() lets the next kernel start: mostly called after wait(), so
-// that when kernel n + 1 starts, kernel n - 1 is complete and may be read before wait(). The
-// kernels that call it earlier, for kEarlyRows, are followed by some that do not read anything so
-// early.
+// that when kernel n + 1 starts, kernel n - 1 is complete and may be read before wait(). Of one
+// row most kernels call it before wait(), since the start of the next takes longer than their
+// products: those behind them read before wait() nothing that is made in the same layer.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -27,8 +27,6 @@ __device__ __forceinline__ void launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-
-inline constexpr int kEarlyRows = 2;
 
 // What an earlier kernel wrote is read with these: never through the read-only path, and past L1,
 // so that nothing stale is met.

@@ -110,15 +110,15 @@ __global__ void __launch_bounds__(kThreads, 2) gated_delta_kernel(const Params p
                      (part < 2 ? part * p.key_dim + head / p.heads_per_key * kDim
                                : value_begin + ((part - 2) * heads + head) * kDim);
 
-  const bool early = gridDim.y <= kEarlyRows;
-  if (early) launch_dependents();
+  const bool one_row = gridDim.y == 1;
+  if (one_row) launch_dependents();
   wait_for_predecessor();
   const float x = load_cg(own);
   if (warp == kGateWarp) {
     b = load_cg(proj + gate_begin + head);
     a = load_cg(proj + gate_begin + heads + head);
   }
-  if (!early) launch_dependents();
+  if (!one_row) launch_dependents();
   sh.q_k_v_z[part][at] = x;
   if (thread < kDim) sh.norm[thread] = norm;
   __syncthreads();
