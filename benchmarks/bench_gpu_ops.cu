@@ -122,7 +122,7 @@ class Bench {
       return floats_.back().data();
     };
     auto halves = [&](size_t count) {
-      halves_.push_back(zeros<bf16>(count));
+      halves_.push_back(zeros<Input>(count));
       return halves_.back().data();
     };
     int proj = std::max(c_.conv_dim() + c_.value_dim() + 2 * c_.linear_num_value_heads,
@@ -163,7 +163,7 @@ class Bench {
 
   void measure(int rows) {
     StepRows r{rows, token_.data(), position_.data(), slot_.data(), page_.data(), pages_stride_};
-    const Buffers<float, bf16>& b = b_;
+    const Buffers<float, Input>& b = b_;
     auto bytes_of = [](std::initializer_list<const WeightView*> views) {
       double sum = 0;
       for (const WeightView* v : views) sum += static_cast<double>(v->spec.matrix_bytes());
@@ -383,9 +383,9 @@ class Bench {
   ShardWeights weights_, alone_;
   std::vector<LayerState> state_;
   std::vector<DeviceBuffer<float>> floats_;
-  std::vector<DeviceBuffer<bf16>> halves_;
+  std::vector<DeviceBuffer<Input>> halves_;
   std::vector<DeviceBuffer<std::byte>> kv_;
-  Buffers<float, bf16> b_;
+  Buffers<float, Input> b_;
   DeviceBuffer<float> logits_;
   DeviceBuffer<int32_t> token_, position_, slot_, page_, last_token_;
   DeviceBuffer<DrawRow> greedy_, sampled_;

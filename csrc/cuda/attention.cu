@@ -242,7 +242,7 @@ bool CudaOps::share_pages_out(const StepRows& rows) {
   return true;
 }
 
-void CudaOps::attention_step(const AttentionArgs<float, bf16>& args) {
+void CudaOps::attention_step(const AttentionArgs<float, Input>& args) {
   const int rows = args.rows.rows;
   require(rows >= 1 && rows <= max_rows_, "a step has 1 to ", max_rows_, " rows, got ", rows);
   require(args.kv.dtype == DType::bf16, "the CUDA kernels keep KV in ", dtype_name(DType::bf16),

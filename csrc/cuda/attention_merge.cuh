@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(kThreads) combine(const StepParams p) {
       add_scaled(sum, 1.0f, sums[first / kSplitsAtOnce][at]);
   }
   if (row >= p.rows) return;
-  uint2 out{pack_bf16(sum.x * sigmoid(gate.x), sum.y * sigmoid(gate.y)),
-            pack_bf16(sum.z * sigmoid(gate.z), sum.w * sigmoid(gate.w))};
+  uint2 out{pack_inputs(sum.x * sigmoid(gate.x), sum.y * sigmoid(gate.y)),
+            pack_inputs(sum.z * sigmoid(gate.z), sum.w * sigmoid(gate.w))};
   reinterpret_cast<uint2*>(p.core + row * p.core_stride + head * kHeadDim)[quad] = out;
 }
 

@@ -35,7 +35,7 @@ struct Splits {
 struct StepParams {
   const float* proj;
   int64_t proj_stride;
-  bf16* core;
+  Input* core;
   int64_t core_stride;
   std::byte* kv;
   int64_t page_stride;

@@ -349,8 +349,8 @@ class CudaBackend : public Backend {
   size_t scratch_bytes_ = 0, graph_bytes_ = 0;
 
   std::vector<DeviceBuffer<float>> float_scratch_;
-  std::vector<DeviceBuffer<bf16>> half_scratch_;
-  Buffers<float, bf16> buffers_;
+  std::vector<DeviceBuffer<Input>> half_scratch_;
+  Buffers<float, Input> buffers_;
   DeviceBuffer<float> handoff_;  // [prefill_chunk, hidden], not on the last shard
   Handoff last_hidden_;
   std::unique_ptr<CudaOps> ops_;

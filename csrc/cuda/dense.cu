@@ -113,7 +113,8 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
       sum.store(partial + i * partial_floats + warp * rows * kPartialPitch, rows, lane);
     }
     if (begin == 0 && warp < rows) {
-      float scale = args.squares ? squares.scale(args.inverse_k, args.eps) : 1.0f;
+      float scale = kInputScale;
+      if (args.squares) scale *= squares.scale(args.inverse_k, args.eps);
       if (lane == 0) scales[warp] = scale;
       if (lane == 0 && args.row_scale && blockIdx.x == 0) args.row_scale[first_row + warp] = scale;
     }
@@ -202,7 +203,7 @@ void CudaOps::reserve_dense() {
     allow_shared(wide_kernel<4>(epilogue), limit - kOwnShared);
   }
   auto rows = static_cast<size_t>(max_rows_), hidden = static_cast<size_t>(c_.hidden_size);
-  weighed_ = DeviceBuffer<bf16>(rows * hidden);
+  weighed_ = DeviceBuffer<Input>(rows * hidden);
   squares_ = DeviceBuffer<float>(rows * hidden / 16);
   row_scale_ = DeviceBuffer<float>(rows);
 }
@@ -319,7 +320,7 @@ void CudaOps::norm_in_proj(const NormInProjArgs<float>& args) {
   }
 }
 
-void CudaOps::out_proj_residual(const OutProjArgs<float, bf16>& args) {
+void CudaOps::out_proj_residual(const OutProjArgs<float, Input>& args) {
   ProjectArgs p;
   p.segment[0] = Matrix(args.weight);
   p.k = args.weight.spec.k;
@@ -333,7 +334,7 @@ void CudaOps::out_proj_residual(const OutProjArgs<float, bf16>& args) {
   project_rows(p, {}, false);
 }
 
-void CudaOps::norm_router_shared(const NormRouterSharedArgs<float, bf16>& args) {
+void CudaOps::norm_router_shared(const NormRouterSharedArgs<float, Input>& args) {
   const LayerWeights& w = args.layer;
   ProjectArgs p;
   const WeightView* views[] = {&w.gate, &w.shared_expert_gate, &w.shared_gate, &w.shared_up};

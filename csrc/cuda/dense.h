@@ -13,7 +13,7 @@ inline constexpr int kMostSquares = 256;  // partial sums of squares of a row: h
 
 // What a phase that makes the residual stream leaves for the RMSNorm behind it (norm.cuh).
 struct Weighed {
-  bf16* rows = nullptr;         // [rows, hidden] norm * hidden
+  Input* rows = nullptr;        // [rows, hidden] norm * hidden
   float* squares = nullptr;     // [rows, hidden / 16]
   const float* norm = nullptr;  // [hidden] 1 + w; null: nothing is left
 };
@@ -37,7 +37,7 @@ struct ProjectArgs {
   int items_stride = 0;
   int flush_tiles = 0;  // tiles whose partial sums shared memory holds
 
-  const bf16* input = nullptr;  // [rows, input_stride]
+  const Input* input = nullptr;  // [rows, input_stride]
   int64_t input_stride = 0;
   // Of rows that await their norm: sums are multiplied by 1 / rms, which is written when asked for.
   const float* squares = nullptr;  // [rows, k / 16]
@@ -53,7 +53,7 @@ struct ProjectArgs {
   const float* conv1d = nullptr;  // [4, conv_dim]
   int n = 0;                      // conv_dim, or shared_intermediate
   float* shared_scale = nullptr;  // [rows]
-  bf16* shared = nullptr;         // [rows, n]
+  Input* shared = nullptr;        // [rows, n]
   Weighed next{};                 // of the residual stream
 };
 

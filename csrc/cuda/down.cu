@@ -67,7 +67,7 @@ __global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) vo
     if (args.rows <= kEntryRows) wait();  // the plan is gate/up's
     copy_plan(args, tail);
     if constexpr (kRows == DownRows::few) {
-      auto copy_rows = [&](std::byte* to, int to_pitch, const bf16* from, int rows, int k) {
+      auto copy_rows = [&](std::byte* to, int to_pitch, const Input* from, int rows, int k) {
         zero_ends(to, k, rows);
         for (int row = warp; row < rows; row += kDownWarps)
           for (int v = lane; v < k / 8; v += 32)
@@ -208,14 +208,14 @@ __global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) vo
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       int n = 2 * t + j % 2;
-      float weight = 1.0f;
+      float weight = kInputScale;
       int pick = is_shared ? picks + entry.first + n : entry.first;
       if (kOneRow && !is_shared)
-        weight = __shfl_sync(0xffffffffu, routing.pick.weight, entry.first);
+        weight *= __shfl_sync(0xffffffffu, routing.pick.weight, entry.first);
       if (n >= entry.count) continue;
       if (!kOneRow && !is_shared) {
         pick = routing.pick_of(entry.first + n);
-        weight = routing.plan.weight[pick];
+        weight *= routing.plan.weight[pick];
       }
       sums[pick * 16 + q + j / 2 * 8] = __fmul_rn(weight, sum.total[0][j]);
     }
@@ -272,10 +272,10 @@ void CudaOps::reserve_down() {
                         : allow<16>(moe_shared_limit(device_));
 }
 
-void CudaOps::down_combine_residual(const DownCombineArgs<float, bf16>& args) {
+void CudaOps::down_combine_residual(const DownCombineArgs<float, Input>& args) {
   MoeArgs moe = moe_args(c_, args.layer, args.router, args.rows.rows);
   moe.slot = args.rows.slot;
-  moe.routed = const_cast<bf16*>(args.routed);
+  moe.routed = const_cast<Input*>(args.routed);
   moe.shared = args.shared;
   moe.shared_scale = args.shared_scale;
   moe.hidden = args.hidden;

@@ -47,7 +47,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   int half = warp / kGateUpSlices;
 
   auto load_row = [&](int to, int row, int from_thread, int threads) {
-    const bf16* from = args.weighed + static_cast<int64_t>(row) * m.k;
+    const Input* from = args.weighed + static_cast<int64_t>(row) * m.k;
     for (int v = from_thread; v < m.k / 8; v += threads)
       copy_async_16(activations + to * pitch + v * 16, from + v * 8);
   };
@@ -154,7 +154,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
           scale * sum_slices<kGateUpSlices>(sums + kGateUpSlices * entry.count * kPartialPitch,
                                             entry.count, row, output);
       args.routed[static_cast<int64_t>(entry.first + row) * (pairs * 16) + pair * 16 + output] =
-          __float2bfloat16(silu(gate) * up);
+          input_of(silu(gate) * up);
     }
     if (++pair == pairs) {
       pair = 0;
@@ -208,7 +208,7 @@ void CudaOps::reserve_gate_up() {
       DeviceBuffer<std::byte>(round_up_16(RoutePlan::bytes(max_rows_ * c_.num_experts_per_tok)));
 }
 
-void CudaOps::routed_gate_up(const RoutedGateUpArgs<float, bf16>& args) {
+void CudaOps::routed_gate_up(const RoutedGateUpArgs<float, Input>& args) {
   MoeArgs moe = moe_args(c_, args.layer, args.router, args.rows.rows);
   moe.slot = args.rows.slot;
   moe.weighed = weighed_.data();

@@ -26,7 +26,7 @@ constexpr float kQueryScale = 0.08838834764831845f;  // 1 / sqrt(kDim)
 constexpr int kNormWarp = 4, kGateWarp = 5;
 
 struct Params {
-  bf16* core;
+  Input* core;
   const float* proj;
   float* state;
   int64_t core_stride, proj_stride, state_stride;
@@ -77,13 +77,13 @@ __global__ void __launch_bounds__(kThreads, 2) gated_delta_kernel(const Params p
   const int head = static_cast<int>(blockIdx.x), row = static_cast<int>(blockIdx.y);
   const int heads = static_cast<int>(gridDim.x);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  bf16* core = p.core + row * p.core_stride + head * kDim;
+  Input* core = p.core + row * p.core_stride + head * kDim;
 
   const int slot = load_cg(p.slot + row);
   if (slot == 0) {  // padding, the same for the whole block
     wait_for_predecessor();
     launch_dependents();
-    if (thread < kDim) core[thread] = __float2bfloat16_rn(0.0f);
+    if (thread < kDim) core[thread] = input_of(0.0f);
     return;
   }
 
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 2) gated_delta_kernel(const Params p
     const float mean =
         (sh.squares[0] + sh.squares[1] + sh.squares[2] + sh.squares[3]) * (1.0f / kDim);
     const float normed = o * rsqrtf(mean + p.rms_norm_eps) * sh.norm[thread];
-    core[thread] = __float2bfloat16_rn(normed * silu(z[thread]));
+    core[thread] = input_of(normed * silu(z[thread]));
   }
 }
 
@@ -212,7 +212,7 @@ void CudaOps::reserve_gated_delta() {
   allow_shared(gated_delta_kernel, 0);
 }
 
-void CudaOps::gated_delta_step(const GatedDeltaArgs<float, bf16>& args) {
+void CudaOps::gated_delta_step(const GatedDeltaArgs<float, Input>& args) {
   const SlotArray& state = args.recurrent_state;
   require<Error>(reinterpret_cast<uintptr_t>(state.data) % 16 == 0 && state.stride % 4 == 0,
                  "recurrent_state of a slot must be 16-byte aligned, got a stride of ",

@@ -13,10 +13,10 @@ struct MoeArgs {
   const float* router;                // [rows, experts]
   const int32_t* slot;                // [rows]
   int rows, experts, top_k;
-  const bf16* weighed;        // [rows, hidden], see norm.cuh
-  const float* row_scale;     // [rows] 1 / rms of them
-  bf16* routed;               // [place, moe_intermediate]
-  const bf16* shared;         // [rows, shared_intermediate]
+  const Input* weighed;       // [rows, hidden], see norm.cuh
+  const float* row_scale;     // [rows] 64 / rms of them
+  Input* routed;              // [place, moe_intermediate]
+  const Input* shared;        // [rows, shared_intermediate]
   const float* shared_scale;  // [rows]
   float* hidden;              // [rows, hidden]
   Weighed next;               // of hidden

@@ -1,7 +1,7 @@
 // RMSNorm taken apart, so that no phase waits for a row's norm before it begins its products.
 //
 // W (w * x / rms(x)) = (W (w * x)) / rms(x). The phase that makes a value x of the residual stream
-// leaves w * x, rounded to bf16 once like any input of a projection, and the squares of every 16
+// leaves w * x, rounded to fp16 once like any input of a projection, and the squares of every 16
 // values summed; the projection behind it multiplies its sums by 1 / rms(x), which it needs last.
 #pragma once
 
@@ -13,7 +13,7 @@ namespace qwen_moe::cuda {
 __device__ __forceinline__ void weigh_value(const Weighed& to, int row, int k, int n, float x,
                                             float norm) {
   unsigned lanes = 0xffffu << (threadIdx.x & 16u);
-  to.rows[static_cast<int64_t>(row) * k + n] = __float2bfloat16(__fmul_rn(x, norm));
+  to.rows[static_cast<int64_t>(row) * k + n] = input_of(__fmul_rn(x, norm));
   float sum = __fmul_rn(x, x);
 #pragma unroll
   for (int offset = 8; offset > 0; offset /= 2)

@@ -2,23 +2,21 @@
 // the step and returns; nothing synchronizes. Pointers in Args are device memory.
 //
 // Numbers: the residual stream and everything between phases is fp32; what meets a weight is
-// rounded to bf16 once. A row whose slot is 0 is padding: it routes nowhere and writes no state.
+// rounded to fp16 once (input.h). A row whose slot is 0 is padding: it routes nowhere and writes no
+// state.
 #pragma once
-
-#include <cuda_bf16.h>
 
 #include <deque>
 #include <span>
 #include <utility>
 #include <vector>
 
+#include "cuda/input.h"
 #include "cuda/launch.h"
 #include "cuda/runtime.h"
 #include "model/ops.h"
 
 namespace qwen_moe::cuda {
-
-using bf16 = __nv_bfloat16;
 
 struct ProjectArgs;
 struct Weighed;
@@ -31,7 +29,7 @@ struct alignas(16) Share {
 class CudaOps {
  public:
   using Act = float;
-  using In = bf16;
+  using In = Input;
 
   CudaOps(const ModelConfig& config, const DeviceProperties& device, int max_rows, int max_context);
   void begin(const Launcher& launcher) {
@@ -40,19 +38,19 @@ class CudaOps {
     pages_shared_out_ = false;
   }
 
-  void embed(const EmbedArgs<float>& args);                        // dense.cu
-  void norm_in_proj(const NormInProjArgs<float>& args);            // dense.cu; advances conv_state
-  void gated_delta_step(const GatedDeltaArgs<float, bf16>& args);  // gated_delta.cu
-  void attention_step(const AttentionArgs<float, bf16>& args);     // attention.cu
-  void out_proj_residual(const OutProjArgs<float, bf16>& args);    // dense.cu
-  void norm_router_shared(const NormRouterSharedArgs<float, bf16>& args);       // dense.cu
-  void routed_gate_up(const RoutedGateUpArgs<float, bf16>& args);               // gate_up.cu
-  void down_combine_residual(const DownCombineArgs<float, bf16>& args);         // down.cu
+  void embed(const EmbedArgs<float>& args);                         // dense.cu
+  void norm_in_proj(const NormInProjArgs<float>& args);             // dense.cu; advances conv_state
+  void gated_delta_step(const GatedDeltaArgs<float, Input>& args);  // gated_delta.cu
+  void attention_step(const AttentionArgs<float, Input>& args);     // attention.cu
+  void out_proj_residual(const OutProjArgs<float, Input>& args);    // dense.cu
+  void norm_router_shared(const NormRouterSharedArgs<float, Input>& args);      // dense.cu
+  void routed_gate_up(const RoutedGateUpArgs<float, Input>& args);              // gate_up.cu
+  void down_combine_residual(const DownCombineArgs<float, Input>& args);        // down.cu
   void lm_head(const LmHeadArgs<float>& args);                                  // dense.cu
   const float* inverse_frequency() const { return inverse_frequency_.data(); }  // [rotary_dim / 2]
   // A prompt goes through the decode step, token by token.
-  void gated_delta_prefill(const GatedDeltaArgs<float, bf16>&) { no_prefill(); }
-  void attention_prefill(const AttentionArgs<float, bf16>&) { no_prefill(); }
+  void gated_delta_prefill(const GatedDeltaArgs<float, Input>&) { no_prefill(); }
+  void attention_prefill(const AttentionArgs<float, Input>&) { no_prefill(); }
 
  private:
   [[noreturn]] static void no_prefill() { throw Error("this backend has no prefill ops"); }
@@ -90,7 +88,7 @@ class CudaOps {
   Weighed weigh(const float* hidden, const float* norm);
   void take_normed(ProjectArgs& args, const float* hidden, const float* norm);
   std::pair<const float*, const float*> weighed_for_;
-  DeviceBuffer<bf16> weighed_;     // [max_rows, hidden]
+  DeviceBuffer<Input> weighed_;    // [max_rows, hidden]
   DeviceBuffer<float> squares_;    // [max_rows, hidden / 16]
   DeviceBuffer<float> row_scale_;  // [max_rows] of the norm in front of the experts
 

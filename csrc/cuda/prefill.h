@@ -15,6 +15,8 @@
 
 namespace qwen_moe::cuda {
 
+using bf16 = __nv_bfloat16;
+
 // The rows of a prefill step, as the host knows them.
 struct PrefillRows {
   int rows = 0;

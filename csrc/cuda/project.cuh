@@ -125,7 +125,7 @@ __device__ __forceinline__ void finish_output(const ProjectArgs& args, Epilogue 
       if (segment == 0) *out = sum;
       if (segment == 1) args.shared_scale[row] = sum;
       if (segment == 3)
-        args.shared[static_cast<int64_t>(row) * args.n + n] = __float2bfloat16(silu(before) * sum);
+        args.shared[static_cast<int64_t>(row) * args.n + n] = input_of(silu(before) * sum);
       return;
     case Epilogue::logits:
       if (extra.slot != 0) args.state.at(extra.slot)[n] = sum;
@@ -151,7 +151,7 @@ __device__ __forceinline__ void finish_sums(const ProjectArgs& args, Epilogue ep
 // The slice of up to 8 rows that a warp alone reads, into shared memory: through registers, since
 // waiting for copies would wait for the weights asked for before them as well.
 template <bool kOneRow>
-__device__ __forceinline__ void load_slice(std::byte* to, int pitch, const bf16* from,
+__device__ __forceinline__ void load_slice(std::byte* to, int pitch, const Input* from,
                                            int64_t stride, int rows, UnitRange slice, int lane) {
   constexpr int kAtOnce = kOneRow ? 4 : 8;  // vectors of 16 bytes: of the row, or of as many rows
   int end = slice.end * 8;

@@ -20,8 +20,8 @@ size_t wide_shared_bytes(int rows, int k, bool partial) {
          (partial ? static_cast<size_t>(kGroups * 2 * kWarps * 8 * kTiles * kPartialPitch * 4) : 0);
 }
 
-// bf16 rows into shared memory, one after the other `pitch` bytes apart; all of a block's threads.
-__device__ __forceinline__ void load_rows(std::byte* to, int pitch, const bf16* from,
+// Rows into shared memory, one after the other `pitch` bytes apart; all of a block's threads.
+__device__ __forceinline__ void load_rows(std::byte* to, int pitch, const Input* from,
                                           int64_t stride, int rows, int k) {
   int vectors = k / 8;  // of 16 bytes in a row
   // Threads of a row: two short rows come side by side.
@@ -42,11 +42,11 @@ __device__ __forceinline__ void load_wide_rows(const ProjectArgs& args, std::byt
             args.k);
   int lane = static_cast<int>(threadIdx.x) % 32;
   for (int row = static_cast<int>(threadIdx.x) / 32; row < rows; row += kWideThreads / 32) {
-    float scale = 1.0f;
+    float scale = kInputScale;
     if (args.squares) {
       RowSquares squares;
       squares.load(args.squares + (first_row + row) * (args.k / 16), args.k, lane);
-      scale = squares.scale(args.inverse_k, args.eps);
+      scale *= squares.scale(args.inverse_k, args.eps);
     }
     if (lane == 0) scales[row] = scale;
     if (lane == 0 && args.row_scale && blockIdx.x == 0) args.row_scale[first_row + row] = scale;

@@ -181,32 +181,44 @@ struct TileCopy {
   }
 };
 
-// Four bf16 pairs of one step from a word of eight int4 codes: 128 + code is exact in bf16.
+// Four fp16 pairs of one step from a word of eight int4 codes: 1024 + code and 1024 + 16 code are
+// exact in fp16, so that only two of the four need a shift.
 __device__ __forceinline__ void widen_int4(uint32_t (&a)[4], uint32_t word) {
-  const uint32_t bias = 0x43084308;  // 136 = 128 + 8
-#pragma unroll
-  for (int p = 0; p < 4; ++p) {
+  auto half2_of = [](uint32_t bits) { return *reinterpret_cast<const __half2*>(&bits); };
+  auto bits_of = [](__half2 pair) { return *reinterpret_cast<const uint32_t*>(&pair); };
+  auto low = [&](uint32_t w) {
     uint32_t biased;
-    asm("lop3.b32 %0, %1, 0x000f000f, 0x43004300, 0xea;" : "=r"(biased) : "r"(word >> (4 * p)));
-    __nv_bfloat162 difference = __hsub2(*reinterpret_cast<__nv_bfloat162*>(&biased),
-                                        *reinterpret_cast<const __nv_bfloat162*>(&bias));
-    a[p] = *reinterpret_cast<uint32_t*>(&difference);
-  }
+    asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(biased) : "r"(w));
+    return bits_of(__hsub2(half2_of(biased), half2_of(0x64086408)));  // 1032
+  };
+  auto high = [&](uint32_t w) {
+    uint32_t biased;
+    asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(biased) : "r"(w));
+    return bits_of(__hfma2(half2_of(biased), half2_of(0x2c002c00), half2_of(0xd480d480)));
+  };  // / 16 - 72
+  a[0] = low(word);
+  a[1] = high(word);
+  a[2] = low(word >> 8);
+  a[3] = high(word >> 8);
 }
 
-// Two bf16 pairs from a word of four codes + 128. The 7 low bits go into a mantissa, 128 + low, of
-// which 128 is taken, or 256 where the high bit is not set: exact in bf16.
+// Two fp16 pairs from a word of four codes + 128: 1024 + byte is exact in fp16.
 __device__ __forceinline__ void widen_int8(uint32_t& first, uint32_t& second, uint32_t word) {
-  auto widen = [](uint32_t pair) {  // 0x00hh00ll
-    uint32_t biased, bias;
-    asm("lop3.b32 %0, %1, 0x007f007f, 0x43004300, 0xea;" : "=r"(biased) : "r"(pair));
-    asm("lop3.b32 %0, %1, 0x00800080, 0x43004300, 0xae;" : "=r"(bias) : "r"(pair));
-    __nv_bfloat162 difference = __hsub2(*reinterpret_cast<__nv_bfloat162*>(&biased),
-                                        *reinterpret_cast<__nv_bfloat162*>(&bias));
+  auto widen = [](uint32_t biased) {
+    const uint32_t bias = 0x64806480;  // 1152
+    __half2 difference =
+        __hsub2(*reinterpret_cast<__half2*>(&biased), *reinterpret_cast<const __half2*>(&bias));
     return *reinterpret_cast<uint32_t*>(&difference);
   };
-  first = widen(__byte_perm(word, 0, 0x4140));
-  second = widen(__byte_perm(word, 0, 0x4342));
+  first = widen(__byte_perm(word, 0x64646464, 0x4140));
+  second = widen(__byte_perm(word, 0x64646464, 0x4342));
+}
+
+// A pair of bf16 weights in fp16: exact from 2^-17 on, and 3e-8 off at most below.
+__device__ __forceinline__ uint32_t half_of_bf16(uint32_t pair) {
+  __half2 halves =
+      __floats2half2_rn(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+  return *reinterpret_cast<uint32_t*>(&halves);
 }
 
 // 16-byte vectors that a lane holds of a unit.
@@ -224,10 +236,10 @@ __device__ __forceinline__ void widen_step(uint32_t (&a)[4], const uint4* raw, i
     widen_int8(a[2], a[3], s == 0 ? raw[j].y : raw[j].w);
   } else {
     const uint4& words = raw[2 * j + s];
-    a[0] = words.x;
-    a[1] = words.y;
-    a[2] = words.z;
-    a[3] = words.w;
+    a[0] = half_of_bf16(words.x);
+    a[1] = half_of_bf16(words.y);
+    a[2] = half_of_bf16(words.z);
+    a[3] = half_of_bf16(words.w);
   }
 }
 
@@ -310,8 +322,8 @@ struct TileSum {
             widen_step<kFormat>(a, raw[v], j, s);
 #pragma unroll
             for (int i = 0; i < kTiles; ++i)
-              mma_16x8x16(sum[v][i], a, s == 0 ? b[v][i].x : b[v][i].z,
-                          s == 0 ? b[v][i].y : b[v][i].w);
+              mma_half_16x8x16(sum[v][i], a, s == 0 ? b[v][i].x : b[v][i].z,
+                               s == 0 ? b[v][i].y : b[v][i].w);
           }
       }
 #pragma unroll

@@ -1,4 +1,5 @@
 // Decode attention on the GPU against the CPU backend, and against itself in other company.
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
@@ -246,7 +247,7 @@ class Gpu {
     // The first launch of a step waits for everything before it. The second time it may start
     // early; the outcome is the same.
     for (int i = 0; i < (programmatic ? 2 : 1); ++i)
-      ops_.attention_step({.core = reinterpret_cast<bf16*>(core_.data()),
+      ops_.attention_step({.core = reinterpret_cast<Input*>(core_.data()),
                            .core_stride = world_.core_stride,
                            .proj = proj_.data(),
                            .proj_stride = world_.proj_stride,
@@ -323,7 +324,7 @@ TEST_P(CudaAttention, AgreesWithTheHost) {
       double largest = 0, worst = 0, squares = 0, error_squares = 0;
       for (int i = 0; i < world.config.attention_dim(); ++i) {
         const size_t at = row * static_cast<size_t>(world.core_stride) + static_cast<size_t>(i);
-        const double want = host.core[at], error = float_of(core[at]) - want;
+        const double want = host.core[at], error = from_input(__ushort_as_half(core[at])) - want;
         ASSERT_TRUE(std::isfinite(error)) << "position " << session.position << ", core " << i;
         largest = std::max(largest, std::fabs(want));
         worst = std::max(worst, std::fabs(error));

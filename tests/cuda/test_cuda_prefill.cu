@@ -180,21 +180,21 @@ class PrefillTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
                         15) /
                        16 * 16;
     DeviceBuffer<float> proj(size(stride)), router(size(c.num_experts)), scale(1);
-    DeviceBuffer<bf16> core(size(std::max(c.value_dim(), c.attention_dim()))),
+    DeviceBuffer<cuda::Input> core(size(std::max(c.value_dim(), c.attention_dim()))),
         normed(size(c.hidden_size)), shared(size(c.shared_expert_intermediate_size)),
         routed(size(c.num_experts_per_tok * c.moe_intermediate_size));
     return run(rows, [&](const std::vector<LayerState>& state, float* hidden) {
       decode->begin({*stream, false, 1});
       for (int i = 0; i < rows; ++i) {
-        Buffers<float, bf16> buffers{.hidden = hidden + int64_t{i} * c.hidden_size,
-                                     .proj = proj.data(),
-                                     .proj_stride = stride,
-                                     .core = core.data(),
-                                     .normed = normed.data(),
-                                     .router = router.data(),
-                                     .shared_scale = scale.data(),
-                                     .shared = shared.data(),
-                                     .routed = routed.data()};
+        Buffers<float, cuda::Input> buffers{.hidden = hidden + int64_t{i} * c.hidden_size,
+                                            .proj = proj.data(),
+                                            .proj_stride = stride,
+                                            .core = core.data(),
+                                            .normed = normed.data(),
+                                            .router = router.data(),
+                                            .shared_scale = scale.data(),
+                                            .shared = shared.data(),
+                                            .routed = routed.data()};
         forward_layers(*decode, weights, state, buffers, rows_from(i, 1), Phase::decode);
       }
     });
