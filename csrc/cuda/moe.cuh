@@ -50,14 +50,13 @@ __device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args
                                            RouterKeys<kPerLane>& keys, int ranks, bool weigh,
                                            int warp, int lane) {
   __shared__ Pick picks[32];
-  int slot = load_cg(args.slot);
   if (warp == 0) {
     keys.order();
     picks[lane] = pick_experts(keys, ranks, weigh, lane);
   }
   __syncthreads();
   routing.pick = picks[lane];
-  routing.entries = slot == 0 ? 0 : args.top_k;
+  routing.entries = args.top_k;  // a row of padding as well: nobody keeps what comes of it
 }
 
 __host__ __device__ inline size_t plan_bytes(int picks) {
