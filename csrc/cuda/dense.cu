@@ -1,4 +1,4 @@
-// Projections: bf16 rows in, weight tiles streamed through the tensor cores, and what
+// Projections: fp16 rows in, weight tiles streamed through the tensor cores, and what
 // each phase does with a finished output.
 #include "cuda/dense.h"
 

@@ -167,6 +167,16 @@ class CudaOpsTest : public testing::TestWithParam<std::tuple<Shapes, Recipe>> {
   DeviceBuffer<int32_t> d_token, d_position, d_slot, d_pages;
 };
 
+TEST(CudaInput, KeepsWhatFitsAndTellsTheRest) {
+  for (float x : {0.0f, -1.0f, 0.02f, 3e-3f, 1234.5f, -4.1e6f})
+    EXPECT_NEAR(cuda::from_input(cuda::input_of(x)), x, std::abs(x) / 2048 + 2e-6f) << x;
+  for (float sign : {1.0f, -1.0f}) {
+    EXPECT_EQ(cuda::from_input(cuda::input_of(sign * 1e9f)), sign * 64 * 65504);
+    EXPECT_EQ(cuda::from_input(cuda::input_of(sign * INFINITY)), sign * 64 * 65504);
+  }
+  EXPECT_TRUE(std::isnan(cuda::from_input(cuda::input_of(NAN))));
+}
+
 TEST_P(CudaOpsTest, Embed) {
   std::vector<float> want(hidden.size());
   StepRows rows = cpu_rows(kRows);
@@ -376,6 +386,53 @@ TEST_P(CudaOpsTest, Experts) {
   }
   EXPECT_LE(relative_error(added, want_added), 2 * kTolerance);
   same_in_any_company(run);
+}
+
+// Where logits are level, the expert with the lowest index comes first, as on the CPU.
+TEST_P(CudaOpsTest, LevelExperts) {
+  const LayerWeights &on_cpu = cpu_weights.layers[0], &on_gpu = gpu_weights.layers[0];
+  auto e = static_cast<size_t>(c.num_experts), h = static_cast<size_t>(c.hidden_size),
+       s = static_cast<size_t>(c.shared_expert_intermediate_size),
+       inter = static_cast<size_t>(c.num_experts_per_tok * c.moe_intermediate_size);
+  std::vector<float> normed(kRows * h), router(kRows * e), scale(kRows), shared(kRows * s),
+      routed(kRows * inter), want = hidden;
+  StepRows rows = cpu_rows(kRows);
+  cpu_ops->begin(rows);
+  cpu_ops->norm_router_shared(
+      {normed.data(), router.data(), scale.data(), shared.data(), hidden.data(), on_cpu, kRows});
+  // Of a few values; all alike in the first row, and all but one in the second.
+  router = random_floats(static_cast<int64_t>(kRows * e), 2.0f, 12);
+  for (size_t i = 0; i < router.size(); ++i) router[i] = i < 2 * e ? 0.5f : std::round(router[i]);
+  router[2 * e - 2] = 1.0f;
+  cpu_ops->routed_gate_up({routed.data(), router.data(), normed.data(), on_cpu, rows});
+  cpu_ops->down_combine_residual(
+      {want.data(), routed.data(), router.data(), scale.data(), shared.data(), on_cpu, rows});
+  auto d_router = to_device(router);
+  for (auto [first, count] : {std::pair{0, 1}, {1, 1}, {2, 1}, {3, 1}, {0, 8}, {0, kRows}}) {
+    auto n = static_cast<size_t>(count);
+    DeviceBuffer<float> unused(n * e), d_scale(n);
+    DeviceBuffer<Input> d_shared(n * s), d_routed(n * inter);
+    auto begins = hidden.begin() + first * c.hidden_size;
+    auto d_hidden = to_device(std::vector(begins, begins + count * c.hidden_size));
+    const float* logits = d_router.data() + first * c.num_experts;
+    StepRows device_rows = gpu_rows(count, first);
+    begin();
+    gpu_ops->norm_router_shared(
+        {nullptr, unused.data(), d_scale.data(), d_shared.data(), d_hidden.data(), on_gpu, count});
+    gpu_ops->routed_gate_up({d_routed.data(), logits, nullptr, on_gpu, device_rows});
+    gpu_ops->down_combine_residual({d_hidden.data(), d_routed.data(), logits, d_scale.data(),
+                                    d_shared.data(), on_gpu, device_rows});
+    own_stream->synchronize();
+    auto added = to_host(d_hidden);
+    std::vector<float> want_added(added.size());
+    for (size_t i = 0; i < added.size(); ++i) {
+      auto at = i + static_cast<size_t>(first) * h;
+      added[i] -= hidden[at];
+      want_added[i] = want[at] - hidden[at];
+    }
+    EXPECT_LE(relative_error(added, want_added), 2 * kTolerance)
+        << count << " rows from row " << first << " on";
+  }
 }
 
 // Rows of slot 0 route nowhere, and do not disturb the others.
