@@ -1,9 +1,10 @@
 """What the roundings of a GPU do to logits, shown on a CPU.
 
 Runs the model inside the package through transformers' model class in float32, once as it is and
-once with every value that meets a weight rounded to bfloat16, as the kernels do, and compares the
-logits. `before` rounds a normed row as a whole, `behind` rounds w * x and divides by rms after the
-product. The weights are rounded to int4 and int8 first, group by group and without a search.
+once with every value that meets a weight rounded, and compares the logits: to bfloat16, as the
+kernels of prompts do, or to float16 of a 64th, as those of decode do; keys and values to bfloat16
+in either. `before` rounds a normed row as a whole, `behind` rounds w * x and divides by rms after
+the product. The weights are rounded to int4 and int8 first, group by group and without a search.
 
     python tools/rounding.py --sequences 200 --text README.md LICENSE
 """
@@ -37,10 +38,14 @@ def quantized(weight: torch.Tensor, bits: int, group: int = 128) -> torch.Tensor
 
 
 class Rounding:
-    """The model class with roundings that can be switched: "none", "before" or "behind"."""
+    """The model class with roundings that can be switched.
+
+    `mode` is "none", "before" or "behind"; `half` takes float16 instead of bfloat16.
+    """
 
     def __init__(self) -> None:
         self.mode = "none"
+        self.half = False
         model = modeling.Qwen3_5MoeForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
         self.model = model.eval()
         for name, weight in model.named_parameters():
@@ -54,10 +59,16 @@ class Rounding:
             elif name.endswith(("out_proj", "o_proj", "shared_expert.down_proj")):
                 module.register_forward_pre_hook(lambda _, args: (self.rounded(args[0]),))
             elif name.endswith(("q_norm", "k_norm", "v_proj")):
-                module.register_forward_hook(lambda _, args, out: self.rounded(out))
+                module.register_forward_hook(lambda _, args, out: self.cached(out))
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """What the tensor cores take of x."""
+        if self.mode == "none":
+            return x
+        return (x / 64).half().float() * 64 if self.half else x.bfloat16().float()
+
+    def cached(self, x: torch.Tensor) -> torch.Tensor:
+        """What the cache keeps of keys and values, and what they meet."""
         return x if self.mode == "none" else x.bfloat16().float()
 
     def _norm_of(self, norm: modeling.Qwen3_5MoeRMSNorm) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -82,9 +93,9 @@ class Rounding:
 
         return forward
 
-    def logits(self, rows: torch.Tensor, mode: str) -> torch.Tensor:
+    def logits(self, rows: torch.Tensor, mode: str, half: bool = False) -> torch.Tensor:
         """[sequences, POSITIONS, vocab] after the context."""
-        self.mode = mode
+        self.mode, self.half = mode, half
         return torch.cat([self.model(part).logits[:, CONTEXT:].double() for part in rows.split(10)])
 
 
@@ -102,14 +113,15 @@ def main() -> None:
     with torch.no_grad():
         model = Rounding()
         want = model.logits(rows, "none")
-        for mode in ("before", "behind"):
-            got = model.logits(rows, mode)
+        for mode, half in (("before", False), ("behind", False), ("behind", True)):
+            got = model.logits(rows, mode, half)
             error = (got - want).norm(dim=-1) / want.norm(dim=-1)
             p, q = want.log_softmax(-1), got.log_softmax(-1)
             nats = (p.exp() * (p - q)).sum(-1)
             parted = nats > PARTED
             print(
-                f"{mode}: L2 median {error.median():.2e}, KL median {nats.median():.2e}; parted: "
+                f"{mode}, {'fp16' if half else 'bf16'}: L2 median {error.median():.2e}, "
+                f"KL median {nats.median():.2e}; parted: "
                 f"{parted.double().mean():.1%} of positions, {parted.any(-1).double().mean():.1%} "
                 f"of sequences, at most {parted.sum(-1).max()} of {POSITIONS}; the largest median "
                 f"of a sequence: L2 {error.median(-1).values.max():.2e}, "
