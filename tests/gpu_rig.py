@@ -11,8 +11,8 @@ import qwen_moe
 
 DEVICE = "cuda:0"
 RECIPES = [None, "int8", "int4", "int4-all"]
-# bf16 activations. benchmarks/README.md, "Logits beside the CPU's", has the figures: rounding moves
-# every position a little, and where two experts are level it moves one in a hundred much further.
+# Activations in fp16, or bf16 in prompts. benchmarks/README.md, "Logits beside the CPU's", has the
+# figures: rounding moves every position a little, and some, where two experts are level, much more.
 MEDIAN_L2, MOST_L2 = 2e-2, 4e-2
 MEDIAN_KL, MOST_KL = 2e-3, 5e-3  # nats
 STEP = qwen_moe.SamplingParams(ignore_eos=True)  # greedy

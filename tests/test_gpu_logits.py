@@ -145,7 +145,7 @@ def test_random_models_give_the_logits_of_the_cpu(shape: str) -> None:
             # level, one device takes this and the other that, and through the state all tokens
             # that follow get other logits. A tenth of the positions of four prompts come before.
             error, divergence = errors.quantile(0.1), divergences.quantile(0.1)
-            # Prompts round weights to bf16 too, once they are scaled, and more experts change.
+            # Prompts round to bf16, weights too once they are scaled, and more experts change.
             assert error <= 3e-2, report
             if path == "steps":
                 assert divergence <= MEDIAN_KL, report

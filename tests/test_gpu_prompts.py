@@ -18,8 +18,8 @@ pytestmark = pytest.mark.gpu
 LENGTHS = [1, 2, 31, 32, 63, 64, 65, 127, 128, 129, 256, 1000, 4000]
 RECIPES = [None, "int4"]
 # Of what a session keeps, relative: weights meet the tensor cores as bf16 in one and as codes in
-# the other, activations round to bf16 at other places, and where two experts are about level one
-# takes this and the other that.
+# the other, activations as bf16 and as fp16, and where two experts are about level one takes this
+# and the other that.
 MOST_STATE = 5e-2
 NEARLY_LEVEL = 0.1  # nats between two tokens of which either may be drawn
 

@@ -215,7 +215,7 @@ TEST_P(PrefillTest, LeavesWhatDecodeLeaves) {
   for (int rows : {1, 2, 31, 63, 64, 65, 129, 300}) {
     SCOPED_TRACE(rows);
     const Left expected = decoded(rows), got = prefilled({rows});
-    // Weights and what lies between phases round to bf16 at other places than in decode. Where two
+    // Weights and what lies between phases round to bf16, and to fp16 in decode. Where two
     // experts are about equally likely, the pick may differ: that row is then another.
     EXPECT_LT(relative_error(got.conv, expected.conv), 1e-2);
     EXPECT_LT(relative_error(got.recurrent, expected.recurrent), 2e-2);
