@@ -2,8 +2,8 @@
 // the step and returns; nothing synchronizes. Pointers in Args are device memory.
 //
 // Numbers: the residual stream and everything between phases is fp32; what meets a weight is
-// rounded to fp16 once (input.h). A row whose slot is 0 is padding: it routes nowhere and writes no
-// state.
+// rounded to fp16 once (input.h). A row whose slot is 0 is padding: nothing of it is kept, and
+// beside other rows it takes no expert.
 #pragma once
 
 #include <deque>

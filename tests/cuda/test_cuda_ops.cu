@@ -336,12 +336,11 @@ TEST_P(CudaOpsTest, Experts) {
   size_t picks = static_cast<size_t>(c.num_experts_per_tok),
          inter = static_cast<size_t>(c.moe_intermediate_size);
   std::vector<float> normed(kRows * h), router(kRows * e), scale(kRows), shared(kRows * s),
-      routed(kRows * picks * inter), want = hidden;
+      routed(kRows * picks * inter);
   StepRows rows = cpu_rows(kRows);
   cpu_ops->begin(rows);
   cpu_ops->norm_router_shared(
       {normed.data(), router.data(), scale.data(), shared.data(), hidden.data(), on_cpu, kRows});
-  auto d_hidden = to_device(hidden);
   struct Got {
     std::vector<float> router, scale, shared, hidden;
   } got;
@@ -371,68 +370,36 @@ TEST_P(CudaOpsTest, Experts) {
     got.hidden = to_host(g_hidden);
     return got.hidden;
   };
-  cpu_ops->routed_gate_up({routed.data(), router.data(), normed.data(), on_cpu, rows});
-  cpu_ops->down_combine_residual(
-      {want.data(), routed.data(), router.data(), scale.data(), shared.data(), on_cpu, rows});
-  run(kRows, 0);
+  // What the experts add on the GPU for the logits in `router`, not the residual that hides it.
+  auto expect_added_as_on_cpu = [&](std::initializer_list<std::pair<int, int>> first_and_count) {
+    auto want = hidden;
+    cpu_ops->routed_gate_up({routed.data(), router.data(), normed.data(), on_cpu, rows});
+    cpu_ops->down_combine_residual(
+        {want.data(), routed.data(), router.data(), scale.data(), shared.data(), on_cpu, rows});
+    for (auto [first, count] : first_and_count) {
+      auto added = run(count, first);
+      std::vector<float> want_added(added.size());
+      for (size_t i = 0; i < added.size(); ++i) {
+        auto at = i + static_cast<size_t>(first) * h;
+        added[i] -= hidden[at];
+        want_added[i] = want[at] - hidden[at];
+      }
+      EXPECT_LE(relative_error(added, want_added), 2 * kTolerance)
+          << count << " rows from row " << first << " on";
+    }
+  };
+  expect_added_as_on_cpu({{0, kRows}});
   EXPECT_LE(relative_error(got.router, router), kTolerance);
   EXPECT_LE(relative_error(got.scale, scale), kTolerance);
   EXPECT_LE(relative_error(got.shared, shared), 1.5 * kTolerance);
-  // What the experts add, not the residual that hides it.
-  auto added = got.hidden, want_added = want;
-  for (size_t i = 0; i < added.size(); ++i) {
-    added[i] -= hidden[i];
-    want_added[i] -= hidden[i];
-  }
-  EXPECT_LE(relative_error(added, want_added), 2 * kTolerance);
   same_in_any_company(run);
-}
 
-// Where logits are level, the expert with the lowest index comes first, as on the CPU.
-TEST_P(CudaOpsTest, LevelExperts) {
-  const LayerWeights &on_cpu = cpu_weights.layers[0], &on_gpu = gpu_weights.layers[0];
-  auto e = static_cast<size_t>(c.num_experts), h = static_cast<size_t>(c.hidden_size),
-       s = static_cast<size_t>(c.shared_expert_intermediate_size),
-       inter = static_cast<size_t>(c.num_experts_per_tok * c.moe_intermediate_size);
-  std::vector<float> normed(kRows * h), router(kRows * e), scale(kRows), shared(kRows * s),
-      routed(kRows * inter), want = hidden;
-  StepRows rows = cpu_rows(kRows);
-  cpu_ops->begin(rows);
-  cpu_ops->norm_router_shared(
-      {normed.data(), router.data(), scale.data(), shared.data(), hidden.data(), on_cpu, kRows});
-  // Of a few values; all alike in the first row, and all but one in the second.
-  router = random_floats(static_cast<int64_t>(kRows * e), 2.0f, 12);
-  for (size_t i = 0; i < router.size(); ++i) router[i] = i < 2 * e ? 0.5f : std::round(router[i]);
+  // Where logits are level the expert with the lowest index comes first: all alike in the first
+  // row, all but one in the second, few values in the others.
+  for (size_t i = 0; i < router.size(); ++i)
+    router[i] = i < 2 * e ? 0.5f : std::round(2 * router[i]);
   router[2 * e - 2] = 1.0f;
-  cpu_ops->routed_gate_up({routed.data(), router.data(), normed.data(), on_cpu, rows});
-  cpu_ops->down_combine_residual(
-      {want.data(), routed.data(), router.data(), scale.data(), shared.data(), on_cpu, rows});
-  auto d_router = to_device(router);
-  for (auto [first, count] : {std::pair{0, 1}, {1, 1}, {2, 1}, {3, 1}, {0, 8}, {0, kRows}}) {
-    auto n = static_cast<size_t>(count);
-    DeviceBuffer<float> unused(n * e), d_scale(n);
-    DeviceBuffer<Input> d_shared(n * s), d_routed(n * inter);
-    auto begins = hidden.begin() + first * c.hidden_size;
-    auto d_hidden = to_device(std::vector(begins, begins + count * c.hidden_size));
-    const float* logits = d_router.data() + first * c.num_experts;
-    StepRows device_rows = gpu_rows(count, first);
-    begin();
-    gpu_ops->norm_router_shared(
-        {nullptr, unused.data(), d_scale.data(), d_shared.data(), d_hidden.data(), on_gpu, count});
-    gpu_ops->routed_gate_up({d_routed.data(), logits, nullptr, on_gpu, device_rows});
-    gpu_ops->down_combine_residual({d_hidden.data(), d_routed.data(), logits, d_scale.data(),
-                                    d_shared.data(), on_gpu, device_rows});
-    own_stream->synchronize();
-    auto added = to_host(d_hidden);
-    std::vector<float> want_added(added.size());
-    for (size_t i = 0; i < added.size(); ++i) {
-      auto at = i + static_cast<size_t>(first) * h;
-      added[i] -= hidden[at];
-      want_added[i] = want[at] - hidden[at];
-    }
-    EXPECT_LE(relative_error(added, want_added), 2 * kTolerance)
-        << count << " rows from row " << first << " on";
-  }
+  expect_added_as_on_cpu({{0, 1}, {1, 1}, {2, 1}, {3, 1}, {0, 8}, {0, kRows}});
 }
 
 // Rows of slot 0 route nowhere, and do not disturb the others.
