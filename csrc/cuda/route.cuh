@@ -55,7 +55,7 @@ struct Pick {
 };
 
 // A row's router logits in the lanes of a warp, as keys that grow with the logit: lane l holds
-// experts l, 32 + l, ...; 0 where there is none.
+// experts l, 32 + l, ...; that of an infinity below all where there is none.
 template <int kPerLane>
 struct RouterKeys {
   uint32_t key[kPerLane];
@@ -63,13 +63,16 @@ struct RouterKeys {
   __device__ __forceinline__ void load(const float* logits, int experts, int lane) {
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j)
-      key[j] = j * 32 + lane < experts ? __float_as_uint(load_cg(logits + j * 32 + lane)) : ~0u;
+      key[j] =
+          __float_as_uint(j * 32 + lane < experts ? load_cg(logits + j * 32 + lane) : -INFINITY);
   }
-  // After `load`; waits for it.
+  // After `load`; waits for it. The two zeros are one.
   __device__ __forceinline__ void order() {
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j)
-      key[j] = key[j] & 0x80000000u ? ~key[j] : key[j] | 0x80000000u;
+    for (int j = 0; j < kPerLane; ++j) {
+      uint32_t bits = __float_as_uint(__fadd_rn(__uint_as_float(key[j]), 0.0f));
+      key[j] = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    }
   }
 };
 
