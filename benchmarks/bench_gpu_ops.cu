@@ -157,6 +157,7 @@ class Bench {
     for (DrawRow& d : draw) d.temperature = 0.7, d.top_p = 0.8, d.top_k = 20, d.seed = 7;
     sampled_ = to_device(draw);
     last_token_ = zeros<int32_t>(rows + 1);
+    stale_ = zeros<int32_t>(rows + 1);
     results_ = zeros<DrawResult>(rows);
     ceiling_ = cuda_read_bandwidth(0);
   }
@@ -277,7 +278,8 @@ class Bench {
       time(greedy ? "draw, greedy" : "draw, top-k and top-p", rows, 1, 1, n * c_.vocab_size * 4,
            [this, rows, greedy] {
              sampler_.launch(launcher(), greedy ? greedy_.data() : sampled_.data(), nullptr, rows,
-                             logits_.data(), c_.vocab_size, last_token_.data(), results_.data());
+                             logits_.data(), c_.vocab_size, stale_.data(), last_token_.data(),
+                             results_.data());
            });
     double all = 0;
     for (const Figure& f : figures_)
@@ -387,7 +389,7 @@ class Bench {
   std::vector<DeviceBuffer<std::byte>> kv_;
   Buffers<float, Input> b_;
   DeviceBuffer<float> logits_;
-  DeviceBuffer<int32_t> token_, position_, slot_, page_, last_token_;
+  DeviceBuffer<int32_t> token_, position_, slot_, page_, last_token_, stale_;
   DeviceBuffer<DrawRow> greedy_, sampled_;
   DeviceBuffer<DrawResult> results_;
   double ceiling_ = 0;

@@ -53,7 +53,9 @@ class CudaBackend : public Backend {
   }
 
   ~CudaBackend() override {
-    if (cudaSetDevice(properties_.device) == cudaSuccess) cudaStreamSynchronize(stream_);
+    if (cudaSetDevice(properties_.device) != cudaSuccess) return;
+    for (cudaStream_t stream : {cudaStream_t{stream_}, cudaStream_t{uploads_}})
+      cudaStreamSynchronize(stream);
   }
 
   const StateLayout& layout() const override { return arenas_.layout(); }
@@ -166,7 +168,7 @@ class CudaBackend : public Backend {
     int bucket = bucket_of(rows.size());
     draws_->upload(rows, bucket);
     launch(draw_graphs_, bucket, [&] { launch_draw(bucket); });
-    draws_->download(rows, arenas_.stale());
+    draws_->download(rows.size());
   }
 
   void collect(std::span<SampleResult> results) override {
@@ -227,8 +229,8 @@ class CudaBackend : public Backend {
       prompt_ = std::make_unique<Prompt>(config_, properties_, *images_, *ops_, max_context);
 
     if (!weights_.last) return;
-    draws_ = std::make_unique<Draws>(config_.vocab_size, max_rows_, max_context,
-                                     static_cast<size_t>(options.slots) + 1, properties_, stream_);
+    draws_ = std::make_unique<Draws>(config_.vocab_size, max_rows_, max_context, properties_,
+                                     stream_, uploads_);
   }
 
   // Buckets from the largest down: what the first capture loads serves the others.
@@ -298,7 +300,7 @@ class CudaBackend : public Backend {
   }
 
   void launch_draw(int bucket) {
-    draws_->launch({stream_, properties_.programmatic_launch()}, bucket, logits_,
+    draws_->launch({stream_, properties_.programmatic_launch()}, bucket, logits_, arenas_.stale(),
                    arenas_.last_token());
   }
 
@@ -319,20 +321,22 @@ class CudaBackend : public Backend {
       int32_t* to = pages + static_cast<int64_t>(i) * pages_stride_;
       std::copy_n(rows[at].pages.data(), rows[at].position / kPageTokens + 1, to);
     }
+    uploads_.wait_for(step_done_);  // which reads the input of before
     QWEN_MOE_CUDA(cudaMemcpyAsync(
         input_.data(), host,
         sizeof(StepInput) + static_cast<size_t>(bucket) * static_cast<size_t>(pages_stride_) * 4,
-        cudaMemcpyHostToDevice, stream_));
-    in.uploaded.record(stream_);
+        cudaMemcpyHostToDevice, uploads_));
+    in.uploaded.record(uploads_);
+    stream_.wait_for(in.uploaded);
     if (input) copy_rows(buffers_.hidden, input, rows.size());
     ++bucket_steps_[static_cast<size_t>(std::countr_zero(static_cast<unsigned>(bucket)))];
-    if (weights_.last && !head) {
-      if (!graphs_wanted_) return launch_step(bucket, false);
+    if (weights_.last && !head && graphs_wanted_) {
       prompt_graph_.replay(stream_);
       ++replays_;
-      return;
+    } else {
+      launch(step_graphs_, bucket, [&] { launch_step(bucket, head); });
     }
-    launch(step_graphs_, bucket, [&] { launch_step(bucket, head); });
+    step_done_.record(stream_);
   }
 
   const ModelConfig& config_;
@@ -341,7 +345,8 @@ class CudaBackend : public Backend {
   bool graphs_wanted_;
   std::unique_ptr<Images> images_;  // null: prompts go through the decode step
   int max_rows_;
-  Stream stream_;
+  Stream stream_, uploads_;  // of the kernels, and of their inputs, which travel beside them
+  Event step_done_;          // the newest step
 
   Arenas arenas_;
   std::vector<LayerState> state_;

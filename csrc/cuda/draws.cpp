@@ -4,9 +4,10 @@
 
 namespace qwen_moe::cuda {
 
-Draws::Draws(int vocab_size, int max_rows, int max_context, size_t slots,
-             const DeviceProperties& device, const Stream& stream)
+Draws::Draws(int vocab_size, int max_rows, int max_context, const DeviceProperties& device,
+             const Stream& stream, const Stream& uploads)
     : stream_(stream),
+      uploads_(uploads),
       sampler_(vocab_size, max_rows, device),
       rows_(static_cast<size_t>(max_rows)),
       results_(static_cast<size_t>(max_rows)),
@@ -17,7 +18,6 @@ Draws::Draws(int vocab_size, int max_rows, int max_context, size_t slots,
       static_cast<size_t>(max_rows) * static_cast<size_t>(std::min(max_context, vocab_size));
   penalties_ = DeviceBuffer<PenaltyEntry>(entries);
   penalties_host_ = PinnedBuffer<PenaltyEntry>(entries);
-  for (Drawing& d : drawings_) d.stale = PinnedBuffer<int32_t>(slots);
 }
 
 void Draws::upload(std::span<const SampleRow> rows, int count) {
@@ -34,32 +34,35 @@ void Draws::upload(std::span<const SampleRow> rows, int count) {
                   ? to_draw_row(rows[static_cast<size_t>(i)],
                                 {penalties_host_.data(), penalties_host_.size()}, used, counts_)
                   : DrawRow{};
+  uploads_.wait_for(drawn_);  // which reads the rows of before
   QWEN_MOE_CUDA(cudaMemcpyAsync(rows_.data(), host, static_cast<size_t>(count) * sizeof(DrawRow),
-                                cudaMemcpyHostToDevice, stream_));
+                                cudaMemcpyHostToDevice, uploads_));
   if (used > 0) {
     QWEN_MOE_CUDA(cudaMemcpyAsync(penalties_.data(), penalties_host_.data(),
                                   static_cast<size_t>(used) * sizeof(PenaltyEntry),
-                                  cudaMemcpyHostToDevice, stream_));
-    penalties_uploaded_.record(stream_);
+                                  cudaMemcpyHostToDevice, uploads_));
+    penalties_uploaded_.record(uploads_);
   }
-  d.uploaded.record(stream_);
+  d.uploaded.record(uploads_);
+  stream_.wait_for(d.uploaded);
+  stream_.wait_for(downloaded_);  // the results of before
 }
 
-void Draws::launch(const Launcher& launcher, int count, SlotArray logits,
+void Draws::launch(const Launcher& launcher, int count, SlotArray logits, const int32_t* stale,
                    int32_t* last_token) const {
   sampler_.launch(launcher, rows_.data(), penalties_.data(), count, logits.data, logits.stride,
-                  last_token, results_.data());
+                  stale, last_token, results_.data());
 }
 
-void Draws::download(std::span<const SampleRow> rows, const int32_t* stale) {
+void Draws::download(size_t rows) {
   Drawing& d = drawings_[next_draw_ % kRing];
-  d.count = static_cast<int>(rows.size());
-  for (size_t i = 0; i < rows.size(); ++i) d.slot[i] = rows[i].slot;
-  QWEN_MOE_CUDA(cudaMemcpyAsync(d.results.data(), results_.data(), rows.size() * sizeof(DrawResult),
-                                cudaMemcpyDeviceToHost, stream_));
-  QWEN_MOE_CUDA(
-      cudaMemcpyAsync(d.stale.data(), stale, d.stale.bytes(), cudaMemcpyDeviceToHost, stream_));
-  d.done.record(stream_);
+  d.count = static_cast<int>(rows);
+  drawn_.record(stream_);
+  downloads_.wait_for(drawn_);
+  QWEN_MOE_CUDA(cudaMemcpyAsync(d.results.data(), results_.data(), rows * sizeof(DrawResult),
+                                cudaMemcpyDeviceToHost, downloads_));
+  downloaded_.record(downloads_);
+  d.done.record(downloads_);
   ++next_draw_;
 }
 
@@ -73,7 +76,7 @@ void Draws::collect(std::span<SampleResult> results) {
     SampleResult& to = results[i];
     to.token = from.token;
     to.finite = from.finite != 0;
-    to.stale = d.stale.data()[d.slot[i]] != 0;
+    to.stale = from.stale != 0;
     to.logprob = from.logprob;
     to.top_count = from.top_count;
     for (int j = 0; j < from.top_count; ++j) to.top[j] = {from.top_token[j], from.top_logprob[j]};

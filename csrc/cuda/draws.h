@@ -1,5 +1,6 @@
 // Draws on their way to the device and back: a ring of pinned rows and results, around what one
-// graph replays.
+// graph replays. Copies have streams of their own, so that no kernel of a step waits for one: what
+// goes up goes while the kernels before are at work, what comes back comes beside those behind.
 #pragma once
 
 #include <array>
@@ -17,15 +18,18 @@ class Draws {
  public:
   static constexpr size_t kRing = 4;  // draws that may be uncollected
 
-  // `stream` outlives it; `slots` counts the sink.
-  Draws(int vocab_size, int max_rows, int max_context, size_t slots, const DeviceProperties& device,
-        const Stream& stream);
+  // The streams outlive it: of the kernels, and of what goes up.
+  Draws(int vocab_size, int max_rows, int max_context, const DeviceProperties& device,
+        const Stream& stream, const Stream& uploads);
+  ~Draws() { cudaStreamSynchronize(downloads_); }
 
   // A draw is these three in this order, and collect() later. One that threw in between did not
   // happen. `count` is rows.size() or more: what is beyond is padding.
   void upload(std::span<const SampleRow> rows, int count);
-  void launch(const Launcher& launcher, int count, SlotArray logits, int32_t* last_token) const;
-  void download(std::span<const SampleRow> rows, const int32_t* stale);  // [slots]
+  // The last two have an element for every slot.
+  void launch(const Launcher& launcher, int count, SlotArray logits, const int32_t* stale,
+              int32_t* last_token) const;
+  void download(size_t rows);
 
   // Waits for the oldest draw that was not collected.
   void collect(std::span<SampleResult> results);
@@ -34,13 +38,13 @@ class Draws {
   struct Drawing {
     PinnedBuffer<DrawRow> rows{kMaxRows};
     PinnedBuffer<DrawResult> results{kMaxRows};
-    PinnedBuffer<int32_t> stale;  // [slots]
-    std::array<int, kMaxRows> slot{};
     Event uploaded, done;
     int count = 0;
   };
 
-  const Stream& stream_;
+  const Stream &stream_, &uploads_;
+  Stream downloads_;
+  Event drawn_, downloaded_;  // the newest draw and its results
   Sampler sampler_;
   DeviceBuffer<DrawRow> rows_;
   DeviceBuffer<DrawResult> results_;

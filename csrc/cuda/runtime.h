@@ -33,6 +33,8 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+class Event;
+
 class Stream {
  public:
   Stream() { QWEN_MOE_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
@@ -41,6 +43,8 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
   operator cudaStream_t() const { return stream_; }
   void synchronize() const { QWEN_MOE_CUDA(cudaStreamSynchronize(stream_)); }
+  // What is enqueued from here on waits for what the event was recorded behind, if it was.
+  void wait_for(const Event& event) const;
 
  private:
   cudaStream_t stream_ = nullptr;
@@ -63,6 +67,10 @@ class Event {
  private:
   cudaEvent_t event_ = nullptr;
 };
+
+inline void Stream::wait_for(const Event& event) const {
+  QWEN_MOE_CUDA(cudaStreamWaitEvent(stream_, event, 0));
+}
 
 // `Allocate` and `Free` from one of the two memories below.
 template <class T, class Memory>

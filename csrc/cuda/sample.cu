@@ -295,8 +295,8 @@ __device__ void report(Shared& s, const Candidates& in, int count, double log_to
 __global__ void __launch_bounds__(kChooseThreads)
     choose(const DrawRow* rows, const float* logits, int64_t stride, int vocab,
            const float* adjusted, const ChunkSummary* summaries, int chunks, const RowState* states,
-           Listed* list, Listed* raw_list, int token_bits, int32_t* last_token,
-           DrawResult* results) {
+           Listed* list, Listed* raw_list, int token_bits, const int32_t* stale,
+           int32_t* last_token, DrawResult* results) {
   wait_for_predecessor();
   launch_dependents();
   __shared__ Shared s;
@@ -344,6 +344,7 @@ __global__ void __launch_bounds__(kChooseThreads)
   if (thread > 0) return;
   result.token = token;
   result.finite = summary.finite;
+  result.stale = __ldcg(stale + slot);
   result.logprob = logprob;
   result.top_count = top_count;
   if (summary.finite) last_token[slot] = token;
@@ -416,8 +417,8 @@ size_t Sampler::scratch_bytes() const {
 }
 
 void Sampler::launch(const Launcher& launcher, const DrawRow* rows, const PenaltyEntry* penalties,
-                     int count, const float* logits, int64_t stride, int32_t* last_token,
-                     DrawResult* results) const {
+                     int count, const float* logits, int64_t stride, const int32_t* stale,
+                     int32_t* last_token, DrawResult* results) const {
   require(count >= 0 && count <= max_rows_, "a draw has at most ", max_rows_, " rows, got ", count);
   if (count == 0) return;
   auto grid = [&](int width) {
@@ -433,7 +434,7 @@ void Sampler::launch(const Launcher& launcher, const DrawRow* rows, const Penalt
            list_.data(), raw_list_.data());
   launcher(choose, dim3(static_cast<unsigned>(count)), kChooseThreads, 0, rows, logits, stride,
            vocab_size_, adjusted_.data(), summaries_.data(), chunks_, states_.data(), list_.data(),
-           raw_list_.data(), token_bits, last_token, results);
+           raw_list_.data(), token_bits, stale, last_token, results);
 }
 
 }  // namespace qwen_moe::cuda

@@ -45,6 +45,7 @@ struct PenaltyEntry {
 struct DrawResult {
   int32_t token;   // -1 when a logit was not finite
   int32_t finite;  // 0: a logit was NaN or infinite, and nothing was drawn
+  int32_t stale;   // of the slot
   float logprob;
   int32_t top_count;
   int32_t top_token[kMaxLogprobs];  // likeliest first; zeros from top_count on
@@ -64,10 +65,10 @@ class Sampler {
 
   // Draws for `count` rows. The logits of slot s are the vocab_size floats at logits + s * stride;
   // they are not written. Writes results[row] and last_token[slot] of the rows that draw, but no
-  // last_token where a logit is not finite.
+  // last_token where a logit is not finite; a result passes stale[slot] on.
   void launch(const Launcher& launcher, const DrawRow* rows, const PenaltyEntry* penalties,
-              int count, const float* logits, int64_t stride, int32_t* last_token,
-              DrawResult* results) const;
+              int count, const float* logits, int64_t stride, const int32_t* stale,
+              int32_t* last_token, DrawResult* results) const;
 
   size_t scratch_bytes() const;
 

@@ -74,6 +74,7 @@ class Rig {
         rows_buffer_(static_cast<size_t>(rows)),
         entries_(static_cast<size_t>(rows) * 1000),
         last_token_(static_cast<size_t>(rows) + 1),
+        stale_(static_cast<size_t>(rows) + 1),
         results_(static_cast<size_t>(rows)),
         counts_(static_cast<size_t>(vocab)) {}
 
@@ -106,14 +107,20 @@ class Rig {
     upload(rows_buffer_, rows);
     upload(entries_, entries);
     upload(last_token_, last_token);
+    std::vector<int32_t> stale(static_cast<size_t>(rows_) + 1);
+    for (size_t i = 0; i < stale.size(); ++i) stale[i] = i % 3 == 0;
+    upload(stale_, stale);
     upload(results_, results);
     QWEN_MOE_CUDA(cudaDeviceSynchronize());
     sampler_.launch({stream_, device_properties(0).programmatic_launch()}, rows_buffer_.data(),
                     entries_.data(), static_cast<int>(requests.size()), device_logits_.data(),
-                    stride_, last_token_.data(), results_.data());
+                    stride_, stale_.data(), last_token_.data(), results_.data());
     stream_.synchronize();
     download(results, results_);
     download(last_token, last_token_);
+    for (size_t i = 0; i < rows.size(); ++i)
+      if (rows[i].draw && rows[i].slot != 0)
+        EXPECT_EQ(results[i].stale, rows[i].slot % 3 == 0) << "row " << i;
     std::vector<float> after(logits.size());
     download(after, device_logits_);
     EXPECT_EQ(std::memcmp(after.data(), logits.data(), logits.size() * sizeof(float)), 0)
@@ -190,7 +197,7 @@ class Rig {
   DeviceBuffer<float> device_logits_;
   DeviceBuffer<DrawRow> rows_buffer_;
   DeviceBuffer<PenaltyEntry> entries_;
-  DeviceBuffer<int32_t> last_token_;
+  DeviceBuffer<int32_t> last_token_, stale_;
   DeviceBuffer<DrawResult> results_;
   std::vector<int32_t> counts_;
 };
