@@ -23,6 +23,7 @@ constexpr int kRounds = 2;  // outputs of a flush that a thread finishes, at mos
 // partial sums [flush_tiles] [kWarps][rows][kPartialPitch], rings [kWarps][kStages][kStageBytes].
 template <bool kOneRow, int kStages>
 __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ ProjectArgs args) {
+  constexpr int kTurns = kOneRow ? 1 : kRounds;
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ Tile items[kMaxItems];
   __shared__ float scales[kFewRows];
@@ -45,22 +46,22 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
   TileCopy copy;
   uint32_t ring_address = shared_address(ring) + lane * 16;
   int next = slice.begin == slice.end ? count : 0;
-  auto feed = [&](int stage) {
+  auto feed = [&]<Way kWay>(WayOf<kWay>, int stage) {
     if (next < count) {
-      if (copy.left == 0) copy.open(list.tile(next), slice, lane);
-      copy.next_chunk(ring_address + stage * kStageBytes, lane);
+      if (copy.left == 0) copy.open<kWay>(list.tile(next), slice, lane);
+      copy.next_chunk<kWay>(ring_address + stage * kStageBytes, lane);
       next += copy.left == 0;
     }
     copy_async_commit();
   };
   // What the outputs of a flush need is asked for ahead of its tiles, and that of the first flush
   // ahead of the predecessor's end. A thread's outputs of a flush have the same place in a tile.
-  Extra extra[kRounds];
+  Extra extra[kTurns];
   int own_output = thread % 16;
   auto load_extra = [&](int begin) {
     int most = min(args.flush_tiles, count - begin) * rows;
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
+    for (int r = 0; r < kTurns; ++r) {
       int at = thread / 16 + r * (kThreads / 16);
       if (at >= most) break;
       TileList::Place place = list.place(begin + at / rows);
@@ -74,7 +75,7 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
   bool late_extra = kOneRow && args.epilogue == Epilogue::residual;
   if (!late_extra) load_extra(0);  // before the weights, which it would queue behind
 #pragma unroll 1
-  for (int i = 0; i < kStages; ++i) feed(i);
+  for (int i = 0; i < kStages; ++i) feed(WayOf<Way::any>{}, i);
   if (kOneRow) launch_dependents();
   zero_ends(activations, args.k, rows);
 
@@ -103,15 +104,19 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
     int tiles = min(args.flush_tiles, count - begin);
     if (begin > 0 || late_extra) load_extra(begin);
     if (begin > 0) __syncthreads();  // `partial` has been read
+    with_way(kOneRow ? list.way : Way::any, [&]<Way kWay>(WayOf<kWay> way) {
 #pragma unroll 1
-    for (int i = 0; i < tiles; ++i) {
-      TileSum<1> sum;
-      sum.clear();
-      Tile tile = list.tile(begin + i);
-      add_tile<1, kStages>(sum, tile.unit_shift, tile.group_shift, slice, ring, stage, lane, feed,
-                           rows_of);
-      sum.store(partial + i * partial_floats + warp * rows * kPartialPitch, rows, lane);
-    }
+      for (int i = 0; i < tiles; ++i) {
+        TileSum<1, kOneRow> sum;
+        sum.clear();
+        Tile tile{};
+        if (kWay == Way::any) tile = list.tile(begin + i);
+        add_tile<kStages, kWay>(
+            sum, tile.unit_shift, tile.group_shift, slice, ring, stage, lane,
+            [&](int s) { feed(way, s); }, rows_of);
+        sum.store(partial + i * partial_floats + warp * rows * kPartialPitch, rows, lane);
+      }
+    });
     if (begin == 0 && warp < rows) {
       float scale = kInputScale;
       if (args.squares) scale *= squares.scale(args.inverse_k, args.eps);
@@ -120,7 +125,7 @@ __global__ __launch_bounds__(kThreads, 2) void project(const __grid_constant__ P
     }
     __syncthreads();
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
+    for (int r = 0; r < kTurns; ++r) {
       int at = thread / 16 + r * (kThreads / 16);
       if (at >= tiles * rows) break;
       int i = at / rows, row = at - i * rows;
@@ -323,6 +328,7 @@ void CudaOps::norm_in_proj(const NormInProjArgs<float>& args) {
 void CudaOps::out_proj_residual(const OutProjArgs<float, Input>& args) {
   ProjectArgs p;
   p.segment[0] = Matrix(args.weight);
+  p.way = way_of(args.weight.spec, kWarps);
   p.k = args.weight.spec.k;
   p.rows = args.rows;
   p.epilogue = Epilogue::residual;
@@ -354,6 +360,7 @@ void CudaOps::norm_router_shared(const NormRouterSharedArgs<float, Input>& args)
 void CudaOps::lm_head(const LmHeadArgs<float>& args) {
   ProjectArgs p;
   p.segment[0] = Matrix(args.lm_head);
+  p.way = way_of(args.lm_head.spec, kWarps);
   p.rows = args.rows;
   take_normed(p, args.hidden, args.norm);
   p.epilogue = Epilogue::logits;

@@ -31,9 +31,10 @@ struct ProjectArgs {
   int k = 0, rows = 0, rows_per_block = 0;
   Epilogue epilogue = Epilogue::plain;
 
-  // Tiles of a block: items[block * items_stride] = how many, then segment << 14 | tile of each;
-  // without items, an even share of segment 0.
+  // Tiles of a block: items[block * items_stride] = what they have in common << 16 | how many, then
+  // segment << 14 | tile of each; without items, an even share of segment 0.
   const int32_t* items = nullptr;
+  Way way = Way::any;  // of segment 0
   int items_stride = 0;
   int flush_tiles = 0;  // tiles whose partial sums shared memory holds
 

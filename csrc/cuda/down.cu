@@ -10,20 +10,121 @@ namespace qwen_moe::cuda {
 namespace {
 
 constexpr int kDownWarps = 12;  // top_k + 1 in one go, for every known model
-constexpr int kFewStages = 5;
+constexpr int kOneRowStages = 3, kFewStages = 5, kManyStages = 6;
 
-// How many rows, and so how the activations come: one row's an entry at a time, those of up to 8
-// rows all at once, those of more a chunk ahead.
-enum class DownRows { one, few, many };
+// What the end of a block needs of a row besides the sums, and the end itself: a thread for an
+// output of a row.
+struct Ending {
+  float residual = 0, scale = 0, norm = 0;
+  int slot = 0;
 
-// Grid (hidden / 16). A warp takes whole entries. Shared memory: [weighted sums (picks + rows) x
-// 16][rings][one row's activations of every warp, or plan] [activations of few rows: picks, then
-// rows of the shared expert]. For one row it keeps to half of the registers, so that it starts
-// beside the kernel before.
-template <int kPerLane, int kStages, DownRows kRows>
-__global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) void down_combine(
-    const __grid_constant__ MoeArgs args) {
-  constexpr bool kOneRow = kRows == DownRows::one;
+  __device__ __forceinline__ void load(const MoeArgs& args, int row, int output) {
+    residual = load_cg(args.hidden + static_cast<int64_t>(row) * args.down.n + output);
+    scale = load_cg(args.shared_scale + row);
+    slot = load_cg(args.slot + row);
+    if (args.next.norm) norm = __ldg(args.next.norm + output);
+  }
+  // `sums` is [picks, then rows][16], weighted.
+  __device__ __forceinline__ void combine(const MoeArgs& args, const float* sums, int row,
+                                          int output) const {
+    if (slot == 0) return;
+    int at = output % 16, picks = args.rows * args.top_k;
+    float sum = 0;
+    for (int rank = 0; rank < args.top_k; ++rank)
+      sum = __fadd_rn(sum, sums[(row * args.top_k + rank) * 16 + at]);
+    float gated = __fmul_rn(sigmoid(scale), sums[(picks + row) * 16 + at]);
+    float x = __fadd_rn(residual, __fadd_rn(sum, gated));
+    args.hidden[static_cast<int64_t>(row) * args.down.n + output] = x;
+    if (args.next.norm) weigh_value(args.next, row, args.down.n, output, x, norm);
+  }
+};
+
+// Of one row. Grid (hidden / 16). A warp takes whole tiles: the last that of the shared expert, the
+// others those of the routed ones. Shared memory: [weighted sums (top_k + 1) x 16][rings][a row for
+// every warp]. It keeps to half of the registers, so that it starts beside the kernel before.
+//
+// What the end needs is older than the last phase, and so are the router's logits and what the
+// shared expert's product needs, which is on its way while the experts are looked for.
+template <int kPerLane, int kStages>
+__global__ __launch_bounds__(32 * kDownWarps,
+                             2) void down_one_row(const __grid_constant__ MoeArgs args) {
+  constexpr int kRouted = kDownWarps - 1;
+  extern __shared__ __align__(128) std::byte shared[];
+  int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  int tile = static_cast<int>(blockIdx.x), most_inputs = max(args.down.k, args.shared_down.k);
+  auto* sums = reinterpret_cast<float*>(shared);
+  std::byte* rings = shared + (args.top_k + 1) * 64;
+  std::byte* ring = rings + warp * kStages * kStageBytes;
+  auto* row = reinterpret_cast<uint4*>(rings + kDownWarps * kStages * kStageBytes) +
+              warp * (most_inputs / 8);
+
+  RouterKeys<kPerLane> keys;
+  if (warp == 0) keys.load(args.router, args.experts, lane);
+  Ending ending;
+  if (thread < 16) ending.load(args, 0, tile * 16 + thread);
+  bool is_shared = warp == kRouted;
+  const Matrix m = is_shared ? args.shared_down : args.down;
+  UnitRange all{0, m.k / kUnit};
+  Routing routing{.plan = RoutePlan(nullptr, 0), .one_row = true};
+  if (!is_shared) find_picks(routing, args, keys, args.top_k, true, warp, lane, kRouted);
+
+  TileCopy copy;
+  uint32_t ring_address = shared_address(ring) + lane * 16;
+  auto feed = [&]<Way kWay>(WayOf<kWay>, int stage) {
+    if (copy.left > 0) copy.next_chunk<kWay>(ring_address + stage * kStageBytes, lane);
+    copy_async_commit();
+  };
+  int rank = is_shared ? args.top_k : warp;
+  do {
+    bool has_tile = rank < args.top_k + is_shared;
+    int expert = __shfl_sync(0xffffffffu, routing.pick.expert, rank);
+    float weight = is_shared ? 1.0f : __shfl_sync(0xffffffffu, routing.pick.weight, rank);
+    if (has_tile) {
+      const std::byte* matrix = m.data + (is_shared ? 0 : expert * args.down_bytes);
+      copy.open(Tile(m, matrix + tile * m.tile_bytes), all, lane);
+#pragma unroll 1
+      for (int i = 0; i < kStages; ++i) feed(WayOf<Way::any>{}, i);
+    }
+    launch_dependents();  // early, as its start takes longer than these products
+    if (!is_shared) wait_for_predecessor();
+    if (has_tile) {
+      const auto* from =
+          reinterpret_cast<const uint4*>(is_shared ? args.shared : args.routed + rank * m.k);
+#pragma unroll 2
+      for (int at = lane; at < m.k / 8; at += 32) row[at] = load_cg(from + at);
+      __syncwarp();
+      TileSum<1, true, 2> sum;  // registers are short
+      sum.clear();
+      int stage = 0;
+      with_way(is_shared ? args.shared_down_way : args.down_way, [&]<Way kWay>(WayOf<kWay> way) {
+        add_tile<kStages, kWay>(
+            sum, unit_shift_of(m.format), m.group_shift, all, ring, stage, lane,
+            [&](int s) { feed(way, s); },
+            [&](int, int unit, int j) {
+              bool there = kWay != Way::any || unit < all.end;
+              return there ? row[unit * 8 + j * 4 + lane % 4] : uint4{0, 0, 0, 0};
+            });
+      });
+      __syncwarp();
+      weight *= kInputScale;
+      if (lane % 4 == 0) {
+        sums[rank * 16 + lane / 4] = __fmul_rn(weight, sum.total[0][0]);
+        sums[rank * 16 + lane / 4 + 8] = __fmul_rn(weight, sum.total[0][2]);
+      }
+    }
+    rank += kRouted;
+  } while (!is_shared && rank < args.top_k);
+  wait_for_predecessor();  // the shared expert's warp as well
+  __syncthreads();
+  if (thread < 16) ending.combine(args, sums, 0, tile * 16 + thread);
+}
+
+// Of more rows. Grid (hidden / 16). A warp takes whole entries. Shared memory: [weighted sums
+// (picks + rows) x 16][rings][plan][activations of up to 8 rows: picks, then rows of the shared
+// expert]. The activations of up to 8 rows come all at once, those of more a chunk ahead.
+template <int kPerLane, int kStages, bool kFew>
+__global__ __launch_bounds__(32 * kDownWarps,
+                             1) void down_combine(const __grid_constant__ MoeArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
   int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   int tile = static_cast<int>(blockIdx.x), picks = args.rows * args.top_k;
@@ -31,58 +132,46 @@ __global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) vo
   std::byte* rings = shared + (picks + args.rows) * 64;
   std::byte* ring = rings + warp * kStages * kStageBytes;
   std::byte* tail = rings + kDownWarps * kStages * kStageBytes;
-  Routing routing{.plan = RoutePlan(tail, picks), .one_row = kOneRow};
+  Routing routing{.plan = RoutePlan(tail, picks), .one_row = false};
 
-  RouterKeys<kPerLane> keys;
-  if (kOneRow && warp == 0) keys.load(args.router, args.experts, lane);
-  // What the end needs is older than the last phase, and so are the router's logits and the plan of
-  // more than 8 rows: there the weights are on their way before the experts' activations are made.
-  constexpr int kMostRows = kOneRow ? 1 : kRows == DownRows::few ? kEntryRows : qwen_moe::kMaxRows;
+  // What the end needs is older than the last phase, and so is the plan of more than 8 rows: there
+  // the weights are on their way before the experts' activations are made.
+  constexpr int kMostRows = kFew ? kEntryRows : qwen_moe::kMaxRows;
   constexpr int kRounds = (kMostRows + 2 * kDownWarps - 1) / (2 * kDownWarps);
   int first_row = thread / 16, output = tile * 16 + thread % 16;
-  float residual[kRounds], scale[kRounds];
-  float norm = args.next.norm ? __ldg(args.next.norm + output) : 0.0f;
-  int slot[kRounds] = {};
+  Ending ending[kRounds];
 #pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    int row = first_row + r * 2 * kDownWarps;
-    if (row >= args.rows) break;
-    residual[r] = load_cg(args.hidden + static_cast<int64_t>(row) * args.down.n + output);
-    scale[r] = load_cg(args.shared_scale + row);
-    slot[r] = load_cg(args.slot + row);
-  }
+  for (int r = 0; r < kRounds; ++r)
+    if (int row = first_row + r * 2 * kDownWarps; row < args.rows)
+      ending[r].load(args, row, output);
   bool waited = false;
   auto wait = [&] {
     if (waited) return;
     wait_for_predecessor();
-    if (!kOneRow) launch_dependents();
+    launch_dependents();
     waited = true;
   };
   // Few rows' activations are asked for before weights, which they would queue behind.
   std::byte* few = tail + plan_bytes(picks);
   int pitch = activation_pitch(args.down.k), shared_pitch = activation_pitch(args.shared_down.k);
-  if constexpr (kOneRow) {
-    find_picks(routing, args, keys, args.top_k, true, warp, lane);
+  if (kFew) wait();  // the plan is gate/up's
+  copy_plan(args, tail);
+  if constexpr (kFew) {
+    auto copy_rows = [&](std::byte* to, int to_pitch, const Input* from, int rows, int k) {
+      zero_ends(to, k, rows);
+      for (int row = warp; row < rows; row += kDownWarps)
+        for (int v = lane; v < k / 8; v += 32)
+          copy_async_16(to + row * to_pitch + v * 16, from + row * k + v * 8);
+    };
+    copy_rows(few, pitch, args.routed, picks, args.down.k);
+    copy_rows(few + picks * pitch, shared_pitch, args.shared, args.rows, args.shared_down.k);
+    copy_async_commit();
+    copy_async_wait<1>();
   } else {
-    if (args.rows <= kEntryRows) wait();  // the plan is gate/up's
-    copy_plan(args, tail);
-    if constexpr (kRows == DownRows::few) {
-      auto copy_rows = [&](std::byte* to, int to_pitch, const Input* from, int rows, int k) {
-        zero_ends(to, k, rows);
-        for (int row = warp; row < rows; row += kDownWarps)
-          for (int v = lane; v < k / 8; v += 32)
-            copy_async_16(to + row * to_pitch + v * 16, from + row * k + v * 8);
-      };
-      copy_rows(few, pitch, args.routed, picks, args.down.k);
-      copy_rows(few + picks * pitch, shared_pitch, args.shared, args.rows, args.shared_down.k);
-      copy_async_commit();
-      copy_async_wait<1>();
-    } else {
-      copy_async_wait<0>();
-    }
-    __syncthreads();
-    routing.entries = *routing.plan.entries;
+    copy_async_wait<0>();
   }
+  __syncthreads();
+  routing.entries = *routing.plan.entries;
 
   // This warp's share: shared-expert rows from the last warp backwards, then routed entries.
   int shared_entries = (args.rows + kEntryRows - 1) / kEntryRows;
@@ -116,12 +205,10 @@ __global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) vo
   };
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) feed(i);
-  if (kRows == DownRows::few) {
+  if (kFew) {
     copy_async_wait<kStages>();
     __syncthreads();
   }
-
-  if (kOneRow) launch_dependents();  // early, as its start takes longer than these products
 
   int stage = 0, q = lane / 4, t = lane % 4;
   // The shared expert's activations are as old as the router's logits, the others' are new.
@@ -157,35 +244,21 @@ __global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) vo
     ahead_unit = 0;
     ++ahead_index;
   };
-  if constexpr (kRows == DownRows::many) load_ahead();
+  if constexpr (!kFew) load_ahead();
 #pragma unroll 1
   for (int index = 0; index < count; ++index) {
-    if (kOneRow) wait_for_routed(index);
     RouteEntry entry = entry_at(index);
     bool is_shared = entry.expert < 0;
     const Matrix& m = is_shared ? args.shared_down : args.down;
     UnitRange all{0, m.k / kUnit};
-    TileSum<1, kOneRow ? 2 : 4> sum;  // one row: registers are short
+    TileSum<1> sum;
     sum.clear();
-    if constexpr (kOneRow) {
-      const auto* from = reinterpret_cast<const uint4*>((is_shared ? args.shared : args.routed) +
-                                                        static_cast<int64_t>(entry.first) * m.k);
-      auto* x = reinterpret_cast<uint4*>(tail) + warp * (max(args.down.k, args.shared_down.k) / 8);
-      __syncwarp();
-      for (int at = lane; at < m.k / 8; at += 32) x[at] = load_cg(from + at);
-      __syncwarp();
-      add_tile<1, kStages>(sum, unit_shift_of(m.format), m.group_shift, all, ring, stage, lane,
-                           feed, [&](int, int unit, int j) {
-                             uint4 b{0, 0, 0, 0};
-                             if (unit < all.end) b = x[unit * 8 + j * 4 + t];
-                             return b;
-                           });
-    } else if constexpr (kRows == DownRows::few) {
+    if constexpr (kFew) {
       const std::byte* rows = is_shared ? few + picks * pitch : few;
       uint32_t mine = held_address(
           rows + (entry.first + min(q, entry.count - 1)) * (is_shared ? shared_pitch : pitch) +
           t * 16);
-      add_tile<1, kStages>(
+      add_tile<kStages>(
           sum, unit_shift_of(m.format), m.group_shift, all, ring, stage, lane, feed,
           [&](int, int unit, int j) { return load_shared_16(mine + unit * 128 + j * 64); });
     } else {
@@ -210,10 +283,8 @@ __global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) vo
       int n = 2 * t + j % 2;
       float weight = kInputScale;
       int pick = is_shared ? picks + entry.first + n : entry.first;
-      if (kOneRow && !is_shared)
-        weight *= __shfl_sync(0xffffffffu, routing.pick.weight, entry.first);
       if (n >= entry.count) continue;
-      if (!kOneRow && !is_shared) {
+      if (!is_shared) {
         pick = routing.pick_of(entry.first + n);
         weight *= routing.plan.weight[pick];
       }
@@ -223,17 +294,9 @@ __global__ __launch_bounds__(32 * kDownWarps, kRows == DownRows::one ? 2 : 1) vo
   wait();
   __syncthreads();
 #pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    int row = first_row + r * 2 * kDownWarps;
-    if (row >= args.rows || slot[r] == 0) continue;
-    float sum = 0;
-    for (int rank = 0; rank < args.top_k; ++rank)
-      sum = __fadd_rn(sum, sums[(row * args.top_k + rank) * 16 + thread % 16]);
-    float gated = __fmul_rn(sigmoid(scale[r]), sums[(picks + row) * 16 + thread % 16]);
-    float x = __fadd_rn(residual[r], __fadd_rn(sum, gated));
-    args.hidden[static_cast<int64_t>(row) * args.down.n + output] = x;
-    if (args.next.norm) weigh_value(args.next, row, args.down.n, output, x, norm);
-  }
+  for (int r = 0; r < kRounds; ++r)
+    if (int row = first_row + r * 2 * kDownWarps; row < args.rows)
+      ending[r].combine(args, sums, row, output);
 }
 
 template <int kPerLane>
@@ -251,18 +314,18 @@ void launch_down(const Launcher& launch, const MoeArgs& args, size_t limit) {
     return true;
   };
   bool done =
-      (args.rows == 1 && launched(down_combine<kPerLane, 3, DownRows::one>, 3, one)) ||
-      (args.rows <= kEntryRows && launched(down_combine<kPerLane, kFewStages, DownRows::few>,
-                                           kFewStages, plan_bytes(picks) + few)) ||
-      launched(down_combine<kPerLane, 6, DownRows::many>, 6, plan_bytes(picks));
+      (args.rows == 1 && launched(down_one_row<kPerLane, kOneRowStages>, kOneRowStages, one)) ||
+      (args.rows <= kEntryRows &&
+       launched(down_combine<kPerLane, kFewStages, true>, kFewStages, plan_bytes(picks) + few)) ||
+      launched(down_combine<kPerLane, kManyStages, false>, kManyStages, plan_bytes(picks));
   require<Error>(done, "no kernel holds the down projections of ", args.rows, " rows");
 }
 
 template <int kPerLane>
 void allow(size_t limit) {
-  allow_shared(down_combine<kPerLane, 3, DownRows::one>, limit);
-  allow_shared(down_combine<kPerLane, kFewStages, DownRows::few>, limit);
-  allow_shared(down_combine<kPerLane, 6, DownRows::many>, limit);
+  allow_shared(down_one_row<kPerLane, kOneRowStages>, limit);
+  allow_shared(down_combine<kPerLane, kFewStages, true>, limit);
+  allow_shared(down_combine<kPerLane, kManyStages, false>, limit);
 }
 
 }  // namespace
@@ -274,6 +337,8 @@ void CudaOps::reserve_down() {
 
 void CudaOps::down_combine_residual(const DownCombineArgs<float, Input>& args) {
   MoeArgs moe = moe_args(c_, args.layer, args.router, args.rows.rows);
+  moe.down_way = way_of(args.layer.experts_down.spec, 1);
+  moe.shared_down_way = way_of(args.layer.shared_down.spec, 1);
   moe.slot = args.rows.slot;
   moe.routed = const_cast<Input*>(args.routed);
   moe.shared = args.shared;

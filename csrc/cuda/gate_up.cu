@@ -48,6 +48,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
 
   auto load_row = [&](int to, int row, int from_thread, int threads) {
     const Input* from = args.weighed + static_cast<int64_t>(row) * m.k;
+#pragma unroll 1
     for (int v = from_thread; v < m.k / 8; v += threads)
       copy_async_16(activations + to * pitch + v * 16, from + v * 8);
   };
@@ -70,12 +71,13 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   if (kOneRow) launch_dependents();
   float scale_of_row = thread < args.rows ? load_cg(args.row_scale + thread) : 0.0f;
   auto load_all_rows = [&] {
-    for (int row = 0; row < args.rows; ++row) load_row(row, row, thread, kThreads);
+#pragma unroll 1
+    for (int row = 0; row < (kOneRow ? 1 : args.rows); ++row) load_row(row, row, thread, kThreads);
     copy_async_commit();
   };
   if constexpr (kOneRow) {
     load_all_rows();
-    find_picks(routing, args, keys, last_rank + 1, false, warp, lane);
+    find_picks(routing, args, keys, last_rank + 1, false, warp, lane, kWarps);
   } else {
     if (all_rows) {
       make_plan<kPerLane>(routing, args, tail, load_all_rows);
@@ -97,11 +99,12 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
   int next = slice.begin == slice.end ? end : begin, next_entry = index, next_pair = pair;
   const std::byte* next_expert = nullptr;
   if (next < end) next_expert = m.data + routing.entry(index).expert * args.gate_up_bytes;
-  auto feed = [&](int stage) {
+  auto feed = [&]<Way kWay>(WayOf<kWay>, int stage) {
     if (next < end) {
       if (copy.left == 0)
-        copy.open(Tile(m, next_expert + (next_pair + half * pairs) * m.tile_bytes), slice, lane);
-      copy.next_chunk(ring_address + stage * kStageBytes, lane);
+        copy.open<kWay>(Tile(m, next_expert + (next_pair + half * pairs) * m.tile_bytes), slice,
+                        lane);
+      copy.next_chunk<kWay>(ring_address + stage * kStageBytes, lane);
       if (copy.left == 0 && ++next < end && ++next_pair == pairs) {
         next_pair = 0;
         next_expert = m.data + routing.entry(++next_entry).expert * args.gate_up_bytes;
@@ -110,7 +113,7 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
     copy_async_commit();
   };
 #pragma unroll 1
-  for (int i = 0; i < kStages; ++i) feed(i);
+  for (int i = 0; i < kStages; ++i) feed(WayOf<Way::any>{}, i);
   copy_async_wait<kStages>();  // the rows
   __syncthreads();
   if (!kOneRow) launch_dependents();  // it would take issue slots from the making of the plan
@@ -137,11 +140,14 @@ __global__ __launch_bounds__(kThreads, 2) void gate_up(const __grid_constant__ M
       }
       mine = held + static_cast<uint32_t>(column * pitch + lane % 4 * 16);
     }
-    TileSum<1> sum;
+    TileSum<1, kOneRow> sum;
     sum.clear();
-    add_tile<1, kStages>(
-        sum, unit_shift_of(m.format), m.group_shift, slice, ring, stage, lane, feed,
-        [&](int, int unit, int j) { return load_shared_16(mine + unit * 128 + j * 64); });
+    with_way(kOneRow ? args.gate_up_way : Way::any, [&]<Way kWay>(WayOf<kWay> way) {
+      add_tile<kStages, kWay>(
+          sum, unit_shift_of(m.format), m.group_shift, slice, ring, stage, lane,
+          [&](int s) { feed(way, s); },
+          [&](int, int unit, int j) { return load_shared_16(mine + unit * 128 + j * 64); });
+    });
     // Two sets of partial sums in turn: what is written here was read before the last barrier.
     float* sums = partial + (item & 1) * pair_floats;
     sum.store(sums + warp * entry.count * kPartialPitch, entry.count, lane);
@@ -210,6 +216,7 @@ void CudaOps::reserve_gate_up() {
 
 void CudaOps::routed_gate_up(const RoutedGateUpArgs<float, Input>& args) {
   MoeArgs moe = moe_args(c_, args.layer, args.router, args.rows.rows);
+  moe.gate_up_way = way_of(args.layer.experts_gate_up.spec, kGateUpSlices);
   moe.slot = args.rows.slot;
   moe.weighed = weighed_.data();
   moe.row_scale = row_scale_.data();

@@ -9,6 +9,7 @@ namespace qwen_moe::cuda {
 
 struct MoeArgs {
   Matrix gate_up, down, shared_down;
+  Way gate_up_way, down_way, shared_down_way;
   int64_t gate_up_bytes, down_bytes;  // of one expert
   const float* router;                // [rows, experts]
   const int32_t* slot;                // [rows]
@@ -43,18 +44,19 @@ struct Routing {
 
 __host__ __device__ constexpr size_t round_up_16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// One row's routing, by the first warp for its block, which has loaded the keys: all of them at it
-// would take each other's issue slots, and those of the kernel before. All threads of a block.
+// One row's routing, by the first warp, which has loaded the keys, for the first `warps` of its
+// block: all of them at it would take each other's issue slots, and those of the kernel before. All
+// threads of those warps.
 template <int kPerLane>
 __device__ __forceinline__ void find_picks(Routing& routing, const MoeArgs& args,
                                            RouterKeys<kPerLane>& keys, int ranks, bool weigh,
-                                           int warp, int lane) {
+                                           int warp, int lane, int warps) {
   __shared__ Pick picks[32];
   if (warp == 0) {
     keys.order();
     picks[lane] = pick_experts(keys, ranks, weigh, lane);
   }
-  __syncthreads();
+  group_barrier(1, 32 * warps);
   routing.pick = picks[lane];
   routing.entries = args.top_k;  // a row of padding as well: nobody keeps what comes of it
 }

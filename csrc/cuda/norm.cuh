@@ -27,12 +27,16 @@ struct RowSquares {
 
   // `squares` is the row's, [k / 16].
   __device__ __forceinline__ void load(const float* squares, int k, int lane) {
-    float of[kMostSquares / 32];
+    constexpr int kLoads = kMostSquares / 128;
+    float4 of[kLoads];
 #pragma unroll
-    for (int i = 0; i < kMostSquares / 32; ++i)
-      of[i] = i * 32 + lane < k / 16 ? load_cg(squares + i * 32 + lane) : 0.0f;
+    for (int i = 0; i < kLoads; ++i) {
+      int at = i * 32 + lane;
+      of[i] = at < k / 64 ? load_cg(reinterpret_cast<const float4*>(squares) + at) : float4{};
+    }
 #pragma unroll
-    for (int i = 0; i < kMostSquares / 32; ++i) sum = __fadd_rn(sum, of[i]);
+    for (int i = 0; i < kLoads; ++i)
+      sum = __fadd_rn(sum, __fadd_rn(__fadd_rn(of[i].x, of[i].y), __fadd_rn(of[i].z, of[i].w)));
   }
   __device__ __forceinline__ float scale(float inverse_k, float eps) const {
     return rsqrtf(fmaf(warp_sum(sum), inverse_k, eps));

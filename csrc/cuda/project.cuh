@@ -17,6 +17,7 @@ struct TileList {
   const Tile* items;  // [kMaxItems] of the block
   uint32_t held;      // their address
   int first = 0, count = 0;
+  Way way;  // of all of them
 
   // All threads of a block; a barrier is to follow.
   __device__ __forceinline__ TileList(const ProjectArgs& args, bool listed, Tile* items, int block,
@@ -30,11 +31,14 @@ struct TileList {
         const Matrix& m = args.segment[max(item, 0) >> 14];
         if (item >= 0) items[thread] = Tile(m, m.data + (item & 0x3fff) * m.tile_bytes, item);
       }
-      count = __ldg(from);
+      int head = __ldg(from);
+      count = head & 0xffff;
+      way = static_cast<Way>(head >> 16);
     } else {
       auto tiles = static_cast<unsigned>(args.segment[0].tiles), of = static_cast<unsigned>(blocks);
       first = static_cast<int>(static_cast<unsigned>(block) * tiles / of);
       count = static_cast<int>(static_cast<unsigned>(block + 1) * tiles / of) - first;
+      way = args.way;
     }
   }
   __device__ __forceinline__ Tile tile(int i) const {
@@ -153,7 +157,7 @@ __device__ __forceinline__ void finish_sums(const ProjectArgs& args, Epilogue ep
 template <bool kOneRow>
 __device__ __forceinline__ void load_slice(std::byte* to, int pitch, const Input* from,
                                            int64_t stride, int rows, UnitRange slice, int lane) {
-  constexpr int kAtOnce = kOneRow ? 4 : 8;  // vectors of 16 bytes: of the row, or of as many rows
+  constexpr int kAtOnce = kOneRow ? 2 : 8;  // vectors of 16 bytes: of the row, or of as many rows
   int end = slice.end * 8;
   const auto* in = reinterpret_cast<const uint4*>(from);
 #pragma unroll 1

@@ -57,7 +57,13 @@ const CudaOps::Schedule& CudaOps::schedule(std::span<const WeightView* const> vi
   std::vector<int32_t> items(loads.size() * stride, -1);
   for (size_t b = 0; b < loads.size(); ++b) {
     auto at = items.begin() + static_cast<std::ptrdiff_t>(b * stride);
-    *at++ = static_cast<int32_t>(loads[b].pairs.size() + loads[b].singles.size());
+    auto way = [&](int32_t item) { return way_of(key[static_cast<size_t>(item >> 14)], kWarps); };
+    int32_t first = loads[b].pairs.empty() ? loads[b].singles[0] : loads[b].pairs[0];
+    bool alike = true;
+    for (const auto* list : {&loads[b].pairs, &loads[b].singles})
+      for (int32_t item : *list) alike = alike && way(item) == way(first);
+    *at++ = static_cast<int32_t>(loads[b].pairs.size() + loads[b].singles.size()) |
+            static_cast<int32_t>(alike ? way(first) : Way::any) << 16;
     at = std::copy(loads[b].pairs.begin(), loads[b].pairs.end(), at);
     std::copy(loads[b].singles.begin(), loads[b].singles.end(), at);
   }

@@ -9,7 +9,9 @@
 // units of a slice with their scales, then over the slices: the same order for any number of rows.
 //
 // With few rows a multiprocessor is bound by what its warps issue before memory is: what counts is
-// the number of instructions for a chunk.
+// the number of instructions for a chunk. With one row their code counts as well: six kernels take
+// turns in a layer, each new to the instruction cache, so loops around memory stay rolled and what
+// is known when a kernel is compiled (Way) is used inside its loop only.
 #pragma once
 
 #include <algorithm>
@@ -53,6 +55,7 @@ struct Matrix {
 // unit that a slice of an odd number lacks.
 __host__ __device__ constexpr int activation_pitch(int k) { return k * 2 + 192; }
 __device__ __forceinline__ void zero_ends(std::byte* activations, int k, int rows) {
+#pragma unroll 1
   for (int at = static_cast<int>(threadIdx.x); at < rows * 8; at += static_cast<int>(blockDim.x))
     *reinterpret_cast<uint4*>(activations + at / 8 * activation_pitch(k) + k * 2 + at % 8 * 16) =
         uint4{0, 0, 0, 0};
@@ -93,6 +96,37 @@ struct alignas(16) Tile {
         unit_shift(static_cast<uint8_t>(unit_shift_of(m.format))),
         group_shift(static_cast<int8_t>(m.group_shift)) {}
 };
+
+// What a kernel knows of its tiles when it is compiled: nothing, or the common case, codes of that
+// format in groups of 128 inputs and slices of whole chunks, which takes a fraction of the
+// instructions around the products.
+enum class Way : int { any, int8, int4 };
+template <Way kWay>
+inline constexpr WeightFormat kFormatOf =
+    kWay == Way::int4 ? WeightFormat::int4 : WeightFormat::int8;
+template <Way kWay>
+inline constexpr int kStepOf = chunk_units(kFormatOf<kWay>);  // units of a chunk
+
+// Of matrices whose inputs are shared out to `slices`.
+inline Way way_of(const WeightSpec& spec, int slices) {
+  bool int4 = spec.format == WeightFormat::int4, int8 = spec.format == WeightFormat::int8;
+  if ((!int4 && !int8) || spec.group != 2 * kUnit) return Way::any;
+  bool whole = spec.k % (chunk_units(spec.format) * kUnit * slices) == 0;
+  return !whole ? Way::any : int4 ? Way::int4 : Way::int8;
+}
+
+// visit(WayOf<way>{}): from what is known now to what is known when a kernel is compiled.
+template <Way kWay>
+struct WayOf {};
+template <class Visit>
+__host__ __device__ __forceinline__ void with_way(Way way, const Visit& visit) {
+  if (way == Way::int4)
+    visit(WayOf<Way::int4>{});
+  else if (way == Way::int8)
+    visit(WayOf<Way::int8>{});
+  else
+    visit(WayOf<Way::any>{});
+}
 
 // A chunk in a stage of a ring: the lane's vectors of codes, and the scales of its two outputs.
 struct StagedChunk {
@@ -141,16 +175,33 @@ struct TileCopy {
   int left = 0;                                         // units
   int group_shift = 0, unit_shift = 0;                  // a unit has 1 << unit_shift bytes
 
+  template <Way kWay = Way::any>
   __device__ __forceinline__ void open(const Tile& tile, UnitRange slice, int lane) {
+    left = slice.end - slice.begin;
+    if constexpr (kWay != Way::any) {
+      codes = tile.codes + (slice.begin * unit_bytes(kFormatOf<kWay>) + lane * 16);
+      scales = tile.codes + ((slice.begin + lane) * 16 - tile.scale_bytes);
+      return;
+    }
     unit_shift = tile.unit_shift;
     group_shift = tile.group_shift;
-    left = slice.end - slice.begin;
     codes = tile.codes + ((slice.begin << unit_shift) + lane * 16);
     scales =
         tile.codes + ((slice.begin >> max(group_shift, 0)) * 32 + lane * 16 - tile.scale_bytes);
   }
   // `to` is the lane's address in a stage.
+  template <Way kWay = Way::any>
   __device__ __forceinline__ void next_chunk(uint32_t to, int lane) {
+    if constexpr (kWay != Way::any) {
+      constexpr int kStep = kStepOf<kWay>;
+#pragma unroll
+      for (int i = 0; i < kChunkBytes; i += 512) copy_async_16(to + i, codes + i);
+      copy_async_16_if(lane < kStep, to + kChunkBytes, scales);
+      left -= kStep;
+      codes += kChunkBytes;
+      scales += kStep * 16;
+      return;
+    }
     int units = min(kChunkBytes >> unit_shift, left), bytes = units << unit_shift;
     left -= units;
     int scale_bytes = group_shift < 0 ? 0 : units >> group_shift << 5;
@@ -245,10 +296,12 @@ __device__ __forceinline__ void widen_step(uint32_t (&a)[4], const uint4* raw, i
 
 // A warp's sums of one tile for 8 * kTiles rows, in mma's accumulator order. Units come up to kSide
 // side by side, as the products of one follow each other only at their full latency.
-template <int kTiles, int kSide = kTiles == 1   ? 4
-                                  : kTiles == 2 ? 2
-                                                : 1>
+template <int kTiles, bool kOneRow = false,
+          int kSide = kTiles == 1   ? 4
+                      : kTiles == 2 ? 2
+                                    : 1>
 struct TileSum {
+  static constexpr int kNext = kOneRow ? 2 : 1;  // of one row only the even sums are anybody's
   float total[kTiles][4];
 
   __device__ __forceinline__ void clear() {
@@ -272,6 +325,13 @@ struct TileSum {
       add_as<WeightFormat::bf16>(group_shift, chunk, units, lane, rows_of);
   }
 
+  // Adds a whole chunk in groups of 128 inputs.
+  template <WeightFormat kFormat, class Chunk, class RowsOf>
+  __device__ __forceinline__ void add_whole(Chunk&& chunk, int lane, const RowsOf& rows_of) {
+    constexpr int kUnits = chunk_units(kFormat);
+    add_side<kFormat, std::min(kSide, kUnits), true, 2>(1, chunk, kUnits, lane, rows_of);
+  }
+
   template <WeightFormat kFormat, class Chunk, class RowsOf>
   __device__ __forceinline__ void add_as(int group_shift, Chunk&& chunk, int units, int lane,
                                          const RowsOf& rows_of) {
@@ -283,7 +343,9 @@ struct TileSum {
                                                            rows_of);
   }
 
-  template <WeightFormat kFormat, int kBeside, bool kFull, class Chunk, class RowsOf>
+  // `kAlike` units, from a multiple of it on, have the same scales.
+  template <WeightFormat kFormat, int kBeside, bool kFull, int kAlike = 1, class Chunk,
+            class RowsOf>
   __device__ __forceinline__ void add_side(int group_shift, Chunk&& chunk, int units, int lane,
                                            const RowsOf& rows_of) {
     constexpr int kVectors = lane_vectors(kFormat);
@@ -300,6 +362,11 @@ struct TileSum {
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) raw[v][i] = chunk.codes((u + v) * kVectors + i, lane);
         low[v] = high[v] = 1.0f;
+        if (v % kAlike != 0) {
+          low[v] = low[v - v % kAlike];
+          high[v] = high[v - v % kAlike];
+          continue;
+        }
         if constexpr (kFormat != WeightFormat::bf16) {
           chunk.scales((u + v) >> group_shift, lane, low[v], high[v]);
           if (!kFull && v > 0 && u + v >= units)
@@ -331,7 +398,7 @@ struct TileSum {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i)
 #pragma unroll
-          for (int j = 0; j < 4; ++j)
+          for (int j = 0; j < 4; j += kNext)
             total[i][j] = fmaf(j < 2 ? low[v] : high[v], sum[v][i][j], total[i][j]);
       chunk.used(u * kVectors, (u + kBeside) * kVectors);
     }
@@ -343,7 +410,7 @@ struct TileSum {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < 4; j += kNext) {
         int row = 8 * i + 2 * t + j % 2;
         if (row < rows) to[row * kPartialPitch + q + j / 2 * 8] = total[i][j];
       }
@@ -352,19 +419,21 @@ struct TileSum {
 
 // Adds a warp's slice of a tile, chunk by chunk as they come. `feed(stage)` starts the copy that
 // comes next, into the stage just read; every call is one group of copies.
-template <int kTiles, int kStages, int kSide, class Feed, class RowsOf>
-__device__ __forceinline__ void add_tile(TileSum<kTiles, kSide>& sum, int unit_shift,
-                                         int group_shift, UnitRange slice, const std::byte* ring,
-                                         int& stage, int lane, const Feed& feed,
-                                         const RowsOf& rows_of) {
-  int step = kChunkBytes >> unit_shift;
+template <int kStages, Way kWay = Way::any, class Sum, class Feed, class RowsOf>
+__device__ __forceinline__ void add_tile(Sum& sum, int unit_shift, int group_shift, UnitRange slice,
+                                         const std::byte* ring, int& stage, int lane,
+                                         const Feed& feed, const RowsOf& rows_of) {
+  int step = kWay == Way::any ? kChunkBytes >> unit_shift : kStepOf<kWay>;
 #pragma unroll 1
   for (int unit = slice.begin; unit < slice.end; unit += step) {
     copy_async_wait<kStages - 1>();
     __syncwarp();  // scales come from other lanes
-    sum.add(unit_shift, group_shift, StagedChunk{ring + stage * kStageBytes},
-            min(step, slice.end - unit), lane,
-            [&](int i, int u, int half) { return rows_of(i, unit + u, half); });
+    StagedChunk chunk{ring + stage * kStageBytes};
+    auto rows_at = [&](int i, int u, int half) { return rows_of(i, unit + u, half); };
+    if constexpr (kWay == Way::any)
+      sum.add(unit_shift, group_shift, chunk, min(step, slice.end - unit), lane, rows_at);
+    else
+      sum.template add_whole<kFormatOf<kWay>>(chunk, lane, rows_at);
     __syncwarp();
     feed(stage);
     stage = stage + 1 == kStages ? 0 : stage + 1;
