@@ -446,6 +446,20 @@ def test_info_counts_parameters_and_bytes(capsys: Capture, tmp_path: Path) -> No
     )
 
 
+def test_info_counts_the_scales_of_smaller_groups(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | {"hidden_size": 256}))
+
+    def sizes(*arguments: str) -> dict[str, str]:
+        out, _ = run(capsys, "info", str(tmp_path), *arguments)
+        return dict(re.findall(r"^(bfloat16|int8|int4|int4-all) +([\d.]+ .iB)", out, re.MULTILINE))
+
+    few, many = sizes(), sizes("--group", "32")
+    assert few["bfloat16"] == many["bfloat16"]
+    for recipe in ("int4", "int4-all"):
+        assert float(few[recipe].split()[0]) < float(many[recipe].split()[0])
+    assert "32; got 48" in refused(capsys, "info", str(tmp_path), "--group", "48")
+
+
 def test_info_of_what_is_no_model_is_refused(capsys: Capture, tmp_path: Path) -> None:
     assert "config.json" in refused(capsys, "info", str(tmp_path))
 

@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="directory with a config.json, or a GGUF file; default: the one in the package",
     )
+    parser.add_argument(
+        "--group", type=int, metavar="N", help="input features per scale: 32 (CPU), 64 or 128"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,6 +37,15 @@ def run(args: argparse.Namespace) -> None:
     if checkpoint.quantization is not None or packed:  # only its tensors say which stay as they are
         checkpoint = Checkpoint(args.path)
     config = checkpoint.config
+    recipes = RECIPES if checkpoint.bundle is None else (checkpoint.recipe(),)
+    weights = {
+        recipe: weight_bytes(
+            checkpoint,
+            recipe,
+            None if recipe == "none" and checkpoint.bundle is None else args.group,
+        )
+        for recipe in recipes
+    }
     print(f"{args.path}\n")
     for name, value in _facts(config):
         print(f"{name:34} {value}")
@@ -52,13 +64,11 @@ def run(args: argparse.Namespace) -> None:
     session = fixed + per_token * context
     print(f"memory available here: {size(available)}\n")
     print(f"{'quantize':10} {'weights':>10}  fits here, with {KV_DTYPES[0]} KV")
-    recipes = RECIPES if checkpoint.bundle is None else (checkpoint.recipe(),)
-    for recipe in recipes:
-        weights = weight_bytes(checkpoint, recipe)
-        sessions = (available - weights) // session
+    for recipe, count in weights.items():
+        sessions = (available - count) // session
         fits = f"{sessions:,} sessions of {context} tokens" if sessions > 0 else "no"
         name = (checkpoint.quantization or checkpoint.dtype) if recipe == "none" else recipe
-        print(f"{name:10} {size(weights):>10}  {fits}")
+        print(f"{name:10} {size(count):>10}  {fits}")
 
 
 def parameters(config: _core.ModelConfig, dtype: str) -> tuple[int, int]:
@@ -72,9 +82,9 @@ def parameters(config: _core.ModelConfig, dtype: str) -> tuple[int, int]:
     return total, active
 
 
-def weight_bytes(checkpoint: Checkpoint, recipe: str) -> int:
+def weight_bytes(checkpoint: Checkpoint, recipe: str, group: int | None = None) -> int:
     """Resident bytes of the weights, on a CPU."""
-    return sum(slot.bytes for slot in plan(checkpoint, recipe, ("cpu",)).slots)
+    return sum(slot.bytes for slot in plan(checkpoint, recipe, ("cpu",), group).slots)
 
 
 def available_memory() -> int:
