@@ -54,8 +54,8 @@ class CudaBackend : public Backend {
 
   ~CudaBackend() override {
     if (cudaSetDevice(properties_.device) != cudaSuccess) return;
-    for (cudaStream_t stream : {cudaStream_t{stream_}, cudaStream_t{uploads_}})
-      cudaStreamSynchronize(stream);
+    cudaStreamSynchronize(uploads_);
+    cudaStreamSynchronize(stream_);
   }
 
   const StateLayout& layout() const override { return arenas_.layout(); }
@@ -264,9 +264,17 @@ class CudaBackend : public Backend {
 
   template <class Graphs, class Enqueue>
   void launch(const Graphs& graphs, int bucket, const Enqueue& enqueue_kernels) {
-    if (!graphs_wanted_) return enqueue_kernels();
-    graphs[static_cast<size_t>(std::countr_zero(static_cast<unsigned>(bucket)))].replay(stream_);
-    ++replays_;
+    if (graphs_wanted_) {
+      graphs[static_cast<size_t>(std::countr_zero(static_cast<unsigned>(bucket)))].replay(stream_);
+      ++replays_;
+      return;
+    }
+    try {
+      enqueue_kernels();
+    } catch (...) {  // no event tells the next upload that what was enqueued still reads its input
+      cudaStreamSynchronize(stream_);
+      throw;
+    }
   }
 
   // Of the residual stream, from here or from another device.

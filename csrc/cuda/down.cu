@@ -282,7 +282,7 @@ __global__ __launch_bounds__(32 * kDownWarps,
     for (int j = 0; j < 4; ++j) {
       int n = 2 * t + j % 2;
       float weight = kInputScale;
-      int pick = is_shared ? picks + entry.first + n : entry.first;
+      int pick = picks + entry.first + n;
       if (n >= entry.count) continue;
       if (!is_shared) {
         pick = routing.pick_of(entry.first + n);

@@ -45,7 +45,7 @@ void Draws::upload(std::span<const SampleRow> rows, int count) {
   }
   d.uploaded.record(uploads_);
   stream_.wait_for(d.uploaded);
-  stream_.wait_for(downloaded_);  // the results of before
+  stream_.wait_for(drawings_[(next_draw_ + kRing - 1) % kRing].done);  // the results of before
 }
 
 void Draws::launch(const Launcher& launcher, int count, SlotArray logits, const int32_t* stale,
@@ -61,7 +61,6 @@ void Draws::download(size_t rows) {
   downloads_.wait_for(drawn_);
   QWEN_MOE_CUDA(cudaMemcpyAsync(d.results.data(), results_.data(), rows * sizeof(DrawResult),
                                 cudaMemcpyDeviceToHost, downloads_));
-  downloaded_.record(downloads_);
   d.done.record(downloads_);
   ++next_draw_;
 }

@@ -44,7 +44,7 @@ class Draws {
 
   const Stream &stream_, &uploads_;
   Stream downloads_;
-  Event drawn_, downloaded_;  // the newest draw and its results
+  Event drawn_;  // the newest draw
   Sampler sampler_;
   DeviceBuffer<DrawRow> rows_;
   DeviceBuffer<DrawResult> results_;

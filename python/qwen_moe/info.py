@@ -39,11 +39,7 @@ def run(args: argparse.Namespace) -> None:
     config = checkpoint.config
     recipes = RECIPES if checkpoint.bundle is None else (checkpoint.recipe(),)
     weights = {
-        recipe: weight_bytes(
-            checkpoint,
-            recipe,
-            None if recipe == "none" and checkpoint.bundle is None else args.group,
-        )
+        recipe: weight_bytes(checkpoint, recipe, args.group if packed or recipe != "none" else None)
         for recipe in recipes
     }
     print(f"{args.path}\n")
